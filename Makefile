@@ -1,0 +1,42 @@
+# Two commands for a newcomer: `make study` and `make test`. Each sets up .venv by itself; the second time is quick.
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := python3 -m pip --python $(BIN)/python --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: study test lint types clean
+.DELETE_ON_ERROR:
+
+study: $(VENV)/ready
+	$(BIN)/revnet run quickstart --out runs/quickstart
+
+test: $(VENV)/ready-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/ready-dev
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
+
+# Without pip of its own: a Debian python3 has none to give, and the one that is there serves.
+$(BIN)/python:
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version.split()[0])'
+	python3 -m venv --without-pip $(VENV)
+
+# torch first and on its own: asked for by another package it would come as several GB of CUDA libraries.
+$(VENV)/ready: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/ready-test: $(VENV)/ready
+	$(PIP) --editable '.[test]'
+	touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready-test
+	$(PIP) --editable '.[dev]'
+	touch $@

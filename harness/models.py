@@ -1,0 +1,60 @@
+"""From the name in a study to a model: a family of revnet_core, or a user's own `package.module:factory`."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from harness.errors import ModelError
+from revnet_core import DepthError, Precision, UnknownModelError, check_depth, create_model
+
+
+def check_model(name: str, depth: int | None) -> None:
+    """Raises ModelError for an unknown family or factory, or a depth that the family does not have.
+
+    A factory is imported, which runs its module's code.
+    """
+    if ":" in name:
+        _import_factory(name)
+        return
+    try:
+        if depth is None:
+            raise ModelError(f"{name} needs a depth. Give one in `fixed` or as an axis in `grid`.")
+        check_depth(name, depth)
+    except (DepthError, UnknownModelError) as error:
+        raise ModelError(str(error)) from None
+
+
+def build_model(
+    name: str, *, depth: int | None, num_classes: int, in_channels: int, activations: str, precision: Precision
+) -> nn.Module:
+    """The model of a trial; a factory is called with the same keywords (`depth` only where the study gives one)."""
+    options: dict[str, Any] = {
+        "num_classes": num_classes,
+        "in_channels": in_channels,
+        "activations": activations,
+        "precision": precision,
+    }
+    if depth is not None:
+        options["depth"] = depth
+    if ":" not in name:
+        return create_model(name, **options)
+    model = _import_factory(name)(**options)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{name} returned a {type(model).__name__}; a factory returns a torch.nn.Module.")
+    return model
+
+
+def _import_factory(name: str) -> Callable[..., Any]:
+    module_name, _, attribute = name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ModelError(
+            f"cannot import the model {name!r} ({error}). Write package.module:factory and make it importable: "
+            "install it or set PYTHONPATH."
+        ) from None
+    if not callable(factory):
+        raise ModelError(f"{name} is a {type(factory).__name__}; a factory is a function that returns a module.")
+    return factory

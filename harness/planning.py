@@ -1,0 +1,70 @@
+"""Which trials of a study to run now, and the list that `revnet plan` prints."""
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from harness.errors import HarnessError
+from harness.record import STATUSES
+from harness.store import RunStore
+from harness.trials import AXES, TrialSpec
+
+
+def select_trials(
+    trials: Sequence[TrialSpec], store: RunStore, *, only: str | None, retry: str | None, limit: int | None
+) -> list[TrialSpec]:
+    """The trials without a record, and those asked for again, in the study's order.
+
+    only   an id or its beginning: these trials, whether done or not
+    retry  statuses, separated by commas, that run again
+    limit  at most so many, taken in turn from each strategy
+    Raises HarnessError for an id or a status that does not exist.
+    """
+    finished = store.finished_ids()
+    if only is not None:
+        chosen = [trial for trial in trials if trial.id.startswith(only)]
+        if not chosen:
+            raise HarnessError(f"--only {only}: no trial of this study has such an id. `revnet plan` lists them.")
+    else:
+        again = _statuses(retry)
+        chosen = [
+            trial
+            for trial in trials
+            if trial.id not in finished or (again and store.read_record(trial.id).status in again)
+        ]
+    return chosen if limit is None else _spread(chosen, limit)
+
+
+def print_plan(trials: Sequence[TrialSpec], done: Collection[str]) -> None:
+    """A table of the trials with the fields that differ between them; those that do not are listed once."""
+    rows = [trial.model_dump(mode="json") for trial in trials]
+    varying = [name for name in AXES if len({str(row[name]) for row in rows}) > 1]
+    # As wide as its content where nobody sees it: a file or a pipe has no width.
+    console = Console(width=None if Console().is_terminal else 200)
+    table = Table("id", *varying, "state", box=None, pad_edge=False)
+    for trial, row in zip(trials, rows, strict=True):
+        table.add_row(trial.id, *(str(row[name]) for name in varying), "done" if trial.id in done else "to run")
+    console.print(table)
+    same = ", ".join(f"{name} {rows[0][name]}" for name in AXES if name not in varying)
+    console.print(f"all: {same}", highlight=False)
+    left = sum(trial.id not in done for trial in trials)
+    console.print(f"{len(trials)} trials, {len(trials) - left} done, {left} to run", highlight=False)
+
+
+def _statuses(retry: str | None) -> set[str]:
+    asked = {part.strip() for part in retry.split(",")} if retry else set()
+    if unknown := sorted(asked - set(STATUSES)):
+        raise HarnessError(f"--retry {retry}: no status {unknown[0]!r}; allowed: {', '.join(STATUSES)}.")
+    return asked
+
+
+def _spread(trials: Sequence[TrialSpec], limit: int) -> list[TrialSpec]:
+    by_strategy: dict[tuple[str, ...], list[TrialSpec]] = defaultdict(list)
+    for trial in trials:
+        by_strategy[trial.model, trial.activations, trial.compute, trial.reconstruction].append(trial)
+    depth = max(map(len, by_strategy.values()), default=0)
+    in_turn = [group[i] for i in range(depth) for group in by_strategy.values() if i < len(group)]
+    taken = {trial.id for trial in in_turn[:limit]}
+    return [trial for trial in trials if trial.id in taken]

@@ -1,0 +1,82 @@
+"""The ranks of one trial on this node, each a process of its own: started together, ended together."""
+
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from harness.record import Record
+from harness.store import RunStore
+from harness.trials import TrialSpec
+from harness.worker import PARENT_PID, RANK_OUT, Finished
+
+# How the ranks find each other, as torch.distributed's init_method; a file where they share one node.
+INIT_METHOD = "REVNET_INIT_METHOD"
+# Ranks of one node need no interface that others can reach.
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+
+
+def run_ranks(spec: TrialSpec) -> Finished:
+    """Run all ranks and return rank 0's record, or that of the first rank that came to no good end."""
+    with tempfile.TemporaryDirectory() as scratch, selectors.DefaultSelector() as ended:
+        spec_path = Path(scratch, "spec.json")
+        spec_path.write_text(spec.canonical_json())
+        ranks = [_start(rank, spec, spec_path, Path(scratch)) for rank in range(spec.workers)]
+        for rank, process in enumerate(ranks):
+            ended.register(os.pidfd_open(process.pid), selectors.EVENT_READ, rank)
+        try:
+            for _ in ranks:
+                key, _ = ended.select()[0]
+                ended.unregister(key.fd)
+                os.close(key.fd)
+                finished = _finished(spec, key.data, ranks[key.data].wait(), Path(scratch))
+                if finished.record.status != "ok":
+                    # The others would wait for it in their next collective.
+                    return finished
+            return _finished(spec, 0, 0, Path(scratch))
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+
+
+def signal_name(exit_code: int) -> str:
+    """The name of the signal that a negative exit code stands for."""
+    try:
+        return signal.Signals(-exit_code).name
+    except ValueError:
+        return f"signal {-exit_code}"
+
+
+def _start(rank: int, spec: TrialSpec, spec_path: Path, scratch: Path) -> subprocess.Popen[bytes]:
+    out = scratch / f"rank{rank}"
+    environment = (
+        os.environ
+        | LOOPBACK
+        | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(spec.workers),
+            INIT_METHOD: f"file://{scratch}/rendezvous",
+            RANK_OUT: str(out),
+            PARENT_PID: str(os.getpid()),
+        }
+    )
+    return subprocess.Popen([sys.executable, "-m", "harness.worker", str(spec_path), str(out)], env=environment)
+
+
+def _finished(spec: TrialSpec, rank: int, exit_code: int, scratch: Path) -> Finished:
+    store = RunStore(scratch / f"rank{rank}")
+    if spec.id in store.finished_ids():
+        record = store.read_record(spec.id)
+        if record.status != "ok":
+            record = record.model_copy(update={"reason": f"rank {rank}: {record.reason}"})
+        return Finished(record, store.read_trace_rows(spec.id))
+    status = "crashed" if exit_code < 0 else "failed"
+    how = f"was ended by {signal_name(exit_code)}" if exit_code < 0 else f"exited with {exit_code} and left no record"
+    return Finished(
+        Record(id=spec.id, spec=spec.model_dump(mode="json"), status=status, reason=f"rank {rank} {how}"), ()
+    )

@@ -1,0 +1,212 @@
+"""The only reader and writer of a run directory, on a local path or any fsspec URI.
+
+study.yaml            the resolved study; can be run again as it is
+plan.json             the ids of the study's trials and the hash of them
+trials/<id>.json      one finished trial
+traces/<id>.parquet   its long tables (.json where pyarrow is not installed)
+logs/<id>.log         what its process printed
+report.html
+"""
+
+import hashlib
+import io
+import json
+import os
+import posixpath
+import uuid
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from harness.errors import StoreError
+from harness.record import Record, TraceRow, trace_columns
+
+if TYPE_CHECKING:
+    import pyarrow
+
+REPORT = "report.html"
+
+
+class RunStore:
+    """A run directory. Every write is whole or absent; a record is written last, so that a trial with a
+    record has its trace and log too."""
+
+    def __init__(self, uri: str | Path) -> None:
+        text = str(uri)
+        self.fs, self.root = fsspec.core.url_to_fs(os.path.expanduser(text))
+        self.uri = text.rstrip("/")
+
+    @property
+    def absolute_uri(self) -> str:
+        """The same directory for a process that runs elsewhere on this file system."""
+        return self.fs.unstrip_protocol(self.root)
+
+    # What the run is about
+
+    def open_for(self, study: dict[str, Any], trial_ids: Sequence[str]) -> None:
+        """Prepare the directory for a study, or check that it is this study's. Raises StoreError, having
+        written nothing, when it holds another study or something that is no run."""
+        plan = self.read_plan()
+        if plan is None and self.fs.exists(self.root) and self.fs.ls(self.root):
+            raise StoreError(
+                f"{self.uri}: the directory is not empty and holds no plan.json, so it is not a run. "
+                "Give an empty or a new directory with --out."
+            )
+        if plan is not None and plan["hash"] != plan_hash(trial_ids):
+            raise StoreError(
+                f"{self.uri}: holds a run of another study: {plan['name']!r} with {len(plan['trials'])} trials, "
+                f"hash {plan['hash'][:12]}; this one is {study['name']!r} with {len(trial_ids)} trials, "
+                f"hash {plan_hash(trial_ids)[:12]}. Give another directory with --out."
+            )
+        self._write("study.yaml", _to_yaml(study).encode())
+        if plan is None:
+            plan = {"schema": 1, "name": study["name"], "hash": plan_hash(trial_ids), "trials": list(trial_ids)}
+            self._write("plan.json", (json.dumps(plan, indent=1) + "\n").encode())
+
+    def read_plan(self) -> dict[str, Any] | None:
+        """{"schema", "name", "hash", "trials": [id, ...]}, or None when nothing was planned here."""
+        data = self._read("plan.json")
+        if data is None:
+            return None
+        try:
+            plan = json.loads(data)
+            if not plan.keys() >= {"hash", "name", "trials"}:
+                raise ValueError("keys are missing")
+        except (ValueError, AttributeError):
+            raise StoreError(f"{self.uri}/plan.json: damaged. Give another directory with --out.") from None
+        return plan
+
+    def read_study(self) -> dict[str, Any] | None:
+        """The resolved study as plain data, or None when the trials were run one by one."""
+        from ruamel.yaml import YAML
+
+        data = self._read("study.yaml")
+        return None if data is None else YAML(typ="safe").load(io.BytesIO(data))
+
+    # Trials
+
+    def finished_ids(self) -> set[str]:
+        return {posixpath.basename(path)[: -len(".json")] for path in self._list("trials") if path.endswith(".json")}
+
+    def find_record(self, trial_id: str) -> Record | None:
+        """The trial's record, or None while it has none. Raises RecordError for one that cannot be read."""
+        name = f"trials/{trial_id}.json"
+        data = self._read(name)
+        return None if data is None else Record.from_json(data, source=f"{self.uri}/{name}")
+
+    def read_record(self, trial_id: str) -> Record:
+        """Raises StoreError when the trial has no record."""
+        record = self.find_record(trial_id)
+        if record is None:
+            raise StoreError(f"{self.uri}/trials/{trial_id}.json: no such record.")
+        return record
+
+    def read_records(self) -> list[Record]:
+        """Every finished trial, by id. Raises RecordError for a record of an unknown schema version."""
+        return [self.read_record(trial_id) for trial_id in sorted(self.finished_ids())]
+
+    def write_trial(self, record: Record, trace: Sequence[TraceRow] = (), log: bytes | None = None) -> None:
+        """Write a finished trial: trace and log first, the record last."""
+        if log is not None:
+            self._write(f"logs/{record.id}.log", log)
+        if trace:
+            name, data = _encode_trace(trace)
+            self._write(f"traces/{record.id}.{name}", data)
+        self._write(f"trials/{record.id}.json", record.to_json().encode())
+
+    def read_trace(self, trial_id: str) -> "pyarrow.Table | None":
+        """The trial's long tables with the columns of TraceRow, or None when it has none."""
+        import pyarrow
+        import pyarrow.parquet
+
+        data = self._read(f"traces/{trial_id}.parquet")
+        if data is not None:
+            return pyarrow.parquet.read_table(io.BytesIO(data))
+        data = self._read(f"traces/{trial_id}.json")
+        return None if data is None else pyarrow.table(json.loads(data))
+
+    def read_trace_rows(self, trial_id: str) -> list[TraceRow]:
+        """The trial's long tables as rows; none when it has none. Needs pyarrow only where it was written with it."""
+        data = self._read(f"traces/{trial_id}.json")
+        if data is not None:
+            columns = json.loads(data)
+        elif (table := self.read_trace(trial_id)) is not None:
+            columns = table.to_pydict()
+        else:
+            return []
+        return [TraceRow(*row) for row in zip(*(columns[name] for name in TraceRow._fields), strict=True)]
+
+    def read_log(self, trial_id: str) -> str | None:
+        data = self._read(f"logs/{trial_id}.log")
+        return None if data is None else data.decode(errors="replace")
+
+    def write_report(self, html: str) -> str:
+        """Write report.html and return where it lies."""
+        self._write(REPORT, html.encode())
+        return f"{self.uri}/{REPORT}"
+
+    # Files
+
+    def _path(self, name: str) -> str:
+        return posixpath.join(self.root, name)
+
+    def _list(self, folder: str) -> list[str]:
+        path = self._path(folder)
+        return self.fs.ls(path, detail=False) if self.fs.exists(path) else []
+
+    def _read(self, name: str) -> bytes | None:
+        try:
+            return self.fs.cat_file(self._path(name))
+        except FileNotFoundError:
+            return None
+
+    def _write(self, name: str, data: bytes) -> None:
+        path = self._path(name)
+        if not isinstance(self.fs, LocalFileSystem):
+            self.fs.pipe_file(path, data)  # object stores show a file only once it is whole
+            return
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        # A leading dot and no .json ending: a reader never takes it for a record.
+        part = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{uuid.uuid4().hex}")
+        try:
+            with open(part, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            if os.path.exists(part):
+                os.unlink(part)
+
+
+def plan_hash(trial_ids: Iterable[str]) -> str:
+    """Two studies are the same run when they ask for the same trials, whatever their wording."""
+    return hashlib.sha256("\n".join(sorted(trial_ids)).encode()).hexdigest()
+
+
+def _to_yaml(data: dict[str, Any]) -> str:
+    from ruamel.yaml import YAML
+
+    yaml = YAML(typ="safe")
+    yaml.default_flow_style = None
+    yaml.width = 120
+    # Keys stay in the order of the schema, which is the order a reader looks for them.
+    yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
+    text = io.StringIO()
+    yaml.dump(data, text)
+    return text.getvalue()
+
+
+def _encode_trace(rows: Sequence[TraceRow]) -> tuple[str, bytes]:
+    columns = trace_columns(rows)
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        return "json", json.dumps(columns).encode()
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
+    return "parquet", buffer.getvalue()

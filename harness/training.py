@@ -1,0 +1,182 @@
+"""What one rank of a trial does: warm up, time steps, measure one step's memory, then audit drift."""
+
+import gc
+import math
+import resource
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from harness.data import CHANNELS, load_data, num_classes
+from harness.engine import TrainingEngine, gather, join_ranks, leave_ranks, pick_device, set_compute
+from harness.measure.drift import measure_drift
+from harness.measure.memory import measure_memory
+from harness.measure.timing import summarize, time_step
+from harness.models import build_model
+from harness.record import TraceRow
+from harness.trials import TrialSpec
+from revnet_core import Precision
+
+Batch = tuple[Tensor, Tensor]
+
+
+class DivergedError(ArithmeticError):
+    """The loss is no longer finite."""
+
+
+@dataclass
+class Result:
+    """What has been found out so far; kept when the trial ends early."""
+
+    metrics: dict[str, int | float | None] = field(default_factory=dict)
+    unmeasured: dict[str, str] = field(default_factory=dict)
+    trace: list[TraceRow] = field(default_factory=list)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+def train(spec: TrialSpec, scratch: Path, result: Result) -> None:
+    """Fill `result`; `scratch` is an empty directory of this rank's own.
+
+    Raises what the trial raises, DivergedError for a loss that is not finite, UnsupportedError for what the model
+    or the device does not have, and HarnessError for input that cannot be used.
+    """
+    result.device = device = pick_device(spec.resources.gpus_per_worker)
+    if device.type == "cpu":
+        torch.set_num_threads(spec.resources.cpus_per_worker)
+    set_compute(spec.compute)
+    limit_memory(device, spec.resources.memory_bytes)
+    join_ranks(device, scratch)
+    try:
+        _train_under_engine(spec, device, result)
+    finally:
+        leave_ranks()
+    # The engine's model is trained and, under ZeRO-3, in pieces; the audit is of the initial weights, whole.
+    gc.collect()
+    model = create(spec).to(device)
+    x, labels = _batches(spec, 1, batch_size=spec.audit_batch_size)[0]
+    metrics, rows, unmeasured = measure_drift(model, loss_of, (x.to(device), labels.to(device)))
+    result.metrics |= metrics
+    result.unmeasured |= unmeasured
+    result.trace += rows
+
+
+def _train_under_engine(spec: TrialSpec, device: torch.device, result: Result) -> None:
+    model = create(spec).to(device)
+    for name in ("blocks", "reversible_blocks"):
+        result.metrics[name] = getattr(model, name, None)
+        result.unmeasured[name] = "the model does not say"
+    parameters = list(model.parameters())
+    result.metrics["parameter_count"] = sum(p.numel() for p in parameters)
+    result.metrics["parameter_bytes"] = sum(p.numel() * p.element_size() for p in parameters)
+    engine = TrainingEngine(
+        model,
+        batch_size=spec.batch_size,
+        compute=spec.compute,
+        zero_stage=spec.zero_stage,
+        learning_rate=spec.learning_rate,
+        extra_config=spec.deepspeed,
+    )
+    try:
+        batches = _batches(spec, spec.warmup_steps + spec.measured_steps + 1)
+        losses: list[Tensor] = []
+        step_s: list[float] = []
+        for index, batch in enumerate(batches[:-1]):
+            x, labels = (tensor.to(device) for tensor in batch)
+
+            def step(x: Tensor = x, labels: Tensor = labels) -> None:
+                loss = loss_of(engine.forward(x), labels)
+                engine.backward(loss)
+                engine.step()
+                losses.append(loss.detach())
+
+            seconds = time_step(device, step)
+            if index >= spec.warmup_steps:
+                step_s.append(seconds)
+        measured_losses = [loss.item() for loss in losses[spec.warmup_steps :]]
+        _record_steps(spec, step_s, measured_losses, result)
+        _record_memory(engine, device, batches[-1], result)
+    finally:
+        engine.close()
+
+
+def _record_steps(spec: TrialSpec, step_s: Sequence[float], losses: Sequence[float], result: Result) -> None:
+    for index, (seconds, loss) in enumerate(zip(step_s, losses, strict=True)):
+        result.trace += [TraceRow("step", index, "step_s", seconds), TraceRow("step", index, "loss", loss)]
+    # Ranks wait for each other in every step, so the slowest rank's time is the step's.
+    slowest_s = [max(ranks) for ranks in zip(*gather(list(step_s)), strict=True)]
+    result.metrics |= summarize(slowest_s, spec.batch_size * spec.workers)
+    result.metrics["loss_last"] = losses[-1]
+    if not all(map(math.isfinite, losses)):
+        first = next(index for index, loss in enumerate(losses) if not math.isfinite(loss))
+        raise DivergedError(f"the loss of measured step {first} is {losses[first]}")
+
+
+def _record_memory(engine: TrainingEngine, device: torch.device, batch: Batch, result: Result) -> None:
+    x, labels = (tensor.to(device) for tensor in batch)
+    engine.allocate_gradients()
+    gc.collect()
+    use = measure_memory(device, lambda: loss_of(engine.forward(x), labels), engine.backward)
+    engine.step()
+    for name in ("activation_saved_bytes", "activation_peak_bytes"):
+        ranks = gather(getattr(use, name))
+        result.metrics[name] = max(ranks)
+        result.metrics[f"{name.removesuffix('_bytes')}_rank_spread_bytes"] = max(ranks) - min(ranks)
+    for index, (seconds, level) in enumerate(use.timeline):
+        result.trace += [TraceRow("memory", index, "time_s", seconds), TraceRow("memory", index, "live_bytes", level)]
+
+
+def create(spec: TrialSpec) -> nn.Module:
+    """The trial's model on the host: the same weights for the same seed, whatever becomes of the activations."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        model = build_model(
+            spec.model,
+            depth=spec.depth,
+            num_classes=num_classes(spec.data.name),
+            in_channels=CHANNELS,
+            activations=spec.activations,
+            precision=Precision(spec.compute, spec.reconstruction),
+        )
+    return model.train()
+
+
+def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy in at least fp32, whatever the network computed in."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return nn.functional.cross_entropy(wide, labels)
+
+
+def limit_memory(device: torch.device, memory_bytes: int | None) -> None:
+    """Cap what this rank may allocate on its device; None is no cap.
+
+    On CUDA the caching allocator's share. On the CPU the process's private data above what interpreter and
+    libraries hold already, so that the figure means the same on both.
+    """
+    if memory_bytes is None:
+        return
+    if device.type == "cuda":
+        total_bytes = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, memory_bytes / total_bytes), device)
+        return
+    with open("/proc/self/status") as status:
+        held_kib = next(int(line.split()[1]) for line in status if line.startswith("VmData:"))
+    limit_bytes = held_kib * 2**10 + memory_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
+
+
+def _batches(spec: TrialSpec, count: int, *, batch_size: int | None = None) -> list[Batch]:
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return load_data(
+        spec.data.name,
+        spec.data.path,
+        spec.data.image_size,
+        batch_size=batch_size or spec.batch_size,
+        batches=count,
+        seed=spec.seed,
+        rank=rank,
+        world_size=world_size,
+    )

@@ -1,0 +1,234 @@
+"""The specification of one trial, and how a study expands into trials."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from harness.errors import StudyError
+from harness.places import Loc, Places
+from harness.study_faults import describe, shown
+
+if TYPE_CHECKING:
+    from harness.study import Study
+
+# A trial before it is checked as a whole: the fields of TrialSpec.
+Row = dict[str, Any]
+
+# The harness derives these from the trial; two sources for one value could disagree.
+DEEPSPEED_SET_BY_HARNESS: tuple[tuple[str, ...], ...] = (
+    ("train_batch_size",),
+    ("train_micro_batch_size_per_gpu",),
+    ("gradient_accumulation_steps",),
+    ("zero_optimization", "stage"),
+    ("bf16",),
+    ("bfloat16",),  # DeepSpeed's older name of bf16
+    ("fp16",),
+    ("torch_autocast",),
+    ("optimizer",),
+    ("scheduler",),
+)
+
+
+def _refuse_later_ones(value: object) -> object:
+    if value in ("offloaded", "budgeted"):
+        raise PydanticCustomError(
+            "not_available", "not available in this version; use one of stored, checkpointed, reconstructed."
+        )
+    return value
+
+
+def _refuse_what_the_harness_sets(config: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    faults: list[InitErrorDetails] = []
+    for *sections, key in DEEPSPEED_SET_BY_HARNESS:
+        inner: JsonValue = config
+        for section in sections:
+            inner = inner.get(section) if isinstance(inner, dict) else None
+        if isinstance(inner, dict) and key in inner:
+            reason = PydanticCustomError("set_by_harness", "the harness sets this key from the trial. Remove it.")
+            faults.append(InitErrorDetails(type=reason, loc=(*sections, key), input=inner[key]))
+    if faults:
+        raise ValidationError.from_exception_data("deepspeed", faults)
+    return config
+
+
+def _refuse_infinite(config: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    try:
+        json.dumps(config, allow_nan=False)
+    except ValueError:
+        raise PydanticCustomError("not_finite", "a number is finite. Correct the one that is not.") from None
+    return config
+
+
+Activations = Annotated[Literal["stored", "checkpointed", "reconstructed"], BeforeValidator(_refuse_later_ones)]
+Compute = Literal["fp32", "tf32", "bf16", "fp16"]
+Reconstruction = Literal["fp64", "fp32", "bf16", "fp16", "exact"]
+DeepSpeedConfig = Annotated[
+    dict[str, JsonValue], AfterValidator(_refuse_infinite), AfterValidator(_refuse_what_the_harness_sets)
+]
+
+
+class _Inert(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class DataSpec(_Inert):
+    """What the trial trains on; `path` null is the sample that ships with the harness."""
+
+    name: str = Field(default="cifar10", min_length=1)
+    path: str | None = Field(default=None, min_length=1)
+    image_size: int = Field(default=32, ge=1, description="pixels, height and width")
+
+
+class TrialResources(_Inert):
+    """What each rank of a trial gets."""
+
+    gpus_per_worker: int | None = Field(default=None, ge=0, description="null: one where there are GPUs, else none")
+    cpus_per_worker: int = Field(default=1, ge=1)
+    memory_bytes: int | None = Field(default=None, ge=1, description="null: no limit")
+
+
+class TrialSpec(_Inert):
+    """Everything that decides a trial's outcome, and nothing else: equal content, equal id."""
+
+    model: str = Field(min_length=1, description="a registered family, or package.module:factory")
+    depth: int | None = Field(default=38, ge=1, description="as the family counts it; null for a user's own factory")
+    data: DataSpec = DataSpec()
+    batch_size: int = Field(default=32, ge=1, description="samples per rank and step")
+    activations: Activations = "reconstructed"
+    compute: Compute = "fp32"
+    reconstruction: Reconstruction = "fp32"
+    zero_stage: int = Field(default=0, ge=0, le=3)
+    workers: int = Field(default=1, ge=1)
+    warmup_steps: int = Field(default=2, ge=0)
+    measured_steps: int = Field(default=5, ge=1)
+    audit_batch_size: int = Field(default=16, ge=1, description="samples of the drift and gradient audit")
+    learning_rate: float = Field(default=0.1, ge=0, allow_inf_nan=False)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    resources: TrialResources = TrialResources()
+    deepspeed: DeepSpeedConfig = {}
+
+    def canonical_json(self) -> str:
+        """The same text for the same content, on every machine and whatever the order of keys was."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    @property
+    def id(self) -> str:
+        """First 12 hexadecimal digits of the SHA-256 of the canonical JSON."""
+        return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:12]
+
+    @classmethod
+    def from_json(cls, text: str | bytes, *, source: str = "trial spec") -> "TrialSpec":
+        """Read a specification; keys left out get their defaults. Raises StudyError, which names `source`."""
+        try:
+            return cls.model_validate(json.loads(text))
+        except ValidationError as error:
+            raise StudyError(describe(error, Places(source), cls)) from None
+        except ValueError as error:
+            raise StudyError(f"{source}: not JSON ({error}). Give a file that holds the spec of one trial.") from None
+
+
+# A section of its own in the study: set once, for all trials.
+SECTIONS: frozenset[str] = frozenset({"data", "resources", "deepspeed"})
+AXES: tuple[str, ...] = tuple(name for name in TrialSpec.model_fields if name not in SECTIONS)
+
+
+def axis_value(key: str, value: object) -> Any:
+    """`value` as a trial would hold it under `key`. Raises pydantic's ValidationError, located at `key`."""
+    return getattr(TrialSpec.model_validate({"model": "any", key: value}), key)
+
+
+def expand(study: "Study") -> list[TrialSpec]:
+    """The trials of a study in the order written: grid axes outermost, then zip groups, `when`, seeds.
+
+    A trial that comes up twice is kept once, where it came first. Raises StudyError when a `when` or an
+    `exclude` matches nothing, when two `when` set the same key of one combination, or when no trial is left.
+    """
+    groups: list[list[Row]] = [[{key: value} for value in values] for key, values in study.grid.items()]
+    groups += [_together(group) for group in study.zip]
+    rows = _apply_when(study, [_base(study) | row for row in _product(groups)])
+    if study.repeats > 1:
+        rows = [row | {"seed": seed} for row in rows for seed in range(study.repeats)]
+    rows = _apply_exclude(study, rows)
+    trials: dict[str, TrialSpec] = {}
+    for trial in map(TrialSpec.model_validate, rows):
+        trials.setdefault(trial.id, trial)
+    if not trials:
+        raise StudyError(
+            f"{study.place('exclude')}; it drops every combination, so that no trial is left. Remove an entry of it."
+        )
+    return list(trials.values())
+
+
+def _base(study: "Study") -> Row:
+    """What holds for every trial unless an axis says otherwise."""
+    resources = TrialResources(
+        gpus_per_worker=study.resources.gpus_per_worker,
+        cpus_per_worker=study.resources.cpus_per_worker,
+        memory_bytes=study.resources.memory,
+    )
+    sections = {"data": study.data, "resources": resources, "deepspeed": study.deepspeed}
+    row = {name: field.default for name, field in TrialSpec.model_fields.items() if not field.is_required()}
+    return row | ({} if study.model is None else {"model": study.model}) | study.fixed | sections
+
+
+def _together(axes: Mapping[str, list[Any]]) -> list[Row]:
+    """One row per position of axes that move together."""
+    return [dict(zip(axes, values, strict=True)) for values in zip(*axes.values(), strict=True)]
+
+
+def _product(groups: list[list[Row]]) -> Iterator[Row]:
+    for parts in itertools.product(*groups):
+        yield {key: value for part in parts for key, value in part.items()}
+
+
+def _matches(row: Row, condition: Mapping[str, Any]) -> bool:
+    return all(row[key] == value for key, value in condition.items())
+
+
+def _apply_when(study: "Study", rows: list[Row]) -> list[Row]:
+    # Beside each row: which `when` set which of its keys.
+    sourced: list[tuple[Row, dict[str, int]]] = [(row, {}) for row in rows]
+    for index, when in enumerate(study.when):
+        extras = list(_product([[{key: value} for value in values] for key, values in when.grid.items()]))
+        if not any(_matches(row, when.if_) for row, _ in sourced):
+            raise _nothing_matches(study, ("when", index, "if"), when.if_, [row for row, _ in sourced])
+        extended: list[tuple[Row, dict[str, int]]] = []
+        for row, sources in sourced:
+            if not _matches(row, when.if_):
+                extended.append((row, sources))
+                continue
+            for key in when.grid:
+                if key in sources:
+                    raise StudyError(
+                        f"{study.place('when', index, 'grid', key)}; when[{sources[key]}] sets {key} for some of the "
+                        "same combinations. Make the two conditions exclude each other, or keep one."
+                    )
+            extended += [(row | extra, sources | dict.fromkeys(extra, index)) for extra in extras]
+        sourced = extended
+    return [row for row, _ in sourced]
+
+
+def _apply_exclude(study: "Study", rows: list[Row]) -> list[Row]:
+    # Each entry is held against all combinations, so that entries may overlap and their order is of no matter.
+    for index, condition in enumerate(study.exclude):
+        if not any(_matches(row, condition) for row in rows):
+            raise _nothing_matches(study, ("exclude", index), condition, rows)
+    return [row for row in rows if not any(_matches(row, condition) for condition in study.exclude)]
+
+
+def _nothing_matches(study: "Study", loc: Loc, condition: Mapping[str, Any], rows: list[Row]) -> StudyError:
+    for key, value in condition.items():
+        present = list(dict.fromkeys(row[key] for row in rows))
+        if value not in present:
+            return StudyError(
+                f"{study.place(*loc, key)} = {shown(value)}; no combination has it: {key} is "
+                f"{', '.join(map(shown, present))}. Correct the value or remove the entry."
+            )
+    return StudyError(
+        f"{study.place(*loc)}; no combination has all of these at once. Correct a value or remove the entry."
+    )

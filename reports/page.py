@@ -1,0 +1,230 @@
+"""Figures and a table to one HTML file that opens from disk, without a network."""
+
+import json
+import math
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import pandas as pd
+import plotly.graph_objects as go
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from harness.record import Record
+from harness.store import RunStore
+from reports import figures, verdict
+from reports.frames import missing_ids, trace_frame, trials_frame
+
+TEMPLATES = Path(__file__).parent / "templates"
+SYMBOLS = {"ok": "✓", "oom": "✗", "diverged": "∞", "unsupported": "–", "timeout": "⏱", "crashed": "✗", "failed": "✗"}
+MIB = 2**20
+
+
+class Column(NamedTuple):
+    """A column of the table: the frame's name, the heading with its unit, and how a number is shown."""
+
+    name: str
+    heading: str
+    show: Callable[[float], str]
+
+
+def _mib(value: float) -> str:
+    return f"{value / MIB:.2f}"
+
+
+def _small(value: float) -> str:
+    return "0" if value == 0 else f"{value:.2e}"
+
+
+METRIC_COLUMNS = (
+    Column("activation_peak_bytes", "activation peak (MiB)", _mib),
+    Column("activation_saved_bytes", "saved activations (MiB)", _mib),
+    Column("step_median_s", "step (ms)", lambda value: f"{value * 1e3:.0f}"),
+    Column("samples_per_s", "samples/s", lambda value: f"{value:.1f}"),
+    Column("drift_max_rel", "largest relative drift", _small),
+    Column("gradient_angle_deg", "gradient angle (°)", _small),
+    Column("gradient_reference_angle_deg", "angle to float64 (°)", _small),
+    Column("loss_last", "last loss", lambda value: f"{value:.4f}"),
+    Column("parameter_count", "parameters", lambda value: f"{value:,.0f}"),
+    Column("blocks", "blocks", lambda value: f"{value:.0f}"),
+)
+SPEC_COLUMNS = ("model", "depth", "batch_size", "activations", "compute", "reconstruction", "zero_stage", "workers", "seed")
+
+
+class Section(NamedTuple):
+    """A figure with what it says; without a figure, the sentence says why there is none."""
+
+    anchor: str
+    title: str
+    findings: list[str]
+    definition: str
+    figure: Markup | None
+
+
+def build_report(store: RunStore) -> str:
+    """The report of a run, finished or not, as one HTML page. Raises RecordError for an unreadable record."""
+    frame = trials_frame(store)
+    missing = missing_ids(store)
+    records = store.read_records()
+    study = store.read_study() or {}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("report.html.jinja").render(
+        name=study.get("name") or "trials",
+        question=study.get("question"),
+        prediction=study.get("predict"),
+        status=verdict.status_sentence(frame, len(missing)),
+        trouble=verdict.trouble_sentence(frame),
+        answers=_answers(frame),
+        missing=missing,
+        sections=_sections(store, frame),
+        origins=_origins(records),
+        table=_table(frame, records),
+        command=f"revnet run {store.uri}/study.yaml --out {store.uri}",
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        harness_version=version("revnet-harness"),
+        plotly_js=Markup(get_plotlyjs()),
+        style=Markup((TEMPLATES / "report.css").read_text()),
+        script=Markup((TEMPLATES / "report.js").read_text()),
+    )
+
+
+def _answers(frame: pd.DataFrame) -> list[str]:
+    if frame.empty:
+        return []
+    return [
+        *verdict.growth_sentences(frame, "activation_peak_bytes", "activation peak"),
+        *verdict.saving_sentences(frame),
+        *verdict.time_sentences(frame),
+        *verdict.drift_sentences(frame),
+    ]
+
+
+def _sections(store: RunStore, frame: pd.DataFrame) -> list[Section]:
+    measured = frame[frame["status"] == "ok"] if len(frame) else frame
+    traces = trace_frame(store, list(measured["id"]), "drift")
+    peak, saved = "activation_peak_bytes", "activation_saved_bytes"
+    return [
+        _section(
+            "peak",
+            "Activation peak against depth",
+            lambda: figures.memory_against_depth(frame, peak, "activation peak"),
+            lambda: verdict.growth_sentences(frame, peak, "activation peak"),
+            "Activation peak: the highest rise of live bytes above the level at the start of a step, with parameters, "
+            "gradients, optimizer state and the batch allocated before it; so activations, reconstruction buffers and "
+            "temporaries. Under ZeRO 1 to 3 also the engine's buckets of reduced gradients. Lines: least squares per "
+            "block. Bars: lowest to highest of the repeats. An open cross ran out of memory.",
+        ),
+        _section(
+            "saved",
+            "Saved activations against depth",
+            lambda: figures.memory_against_depth(frame, saved, "saved activations"),
+            lambda: verdict.growth_sentences(frame, saved, "saved activations"),
+            "Saved activations: bytes alive between forward and backward, above the level at the start of the step.",
+        ),
+        _section(
+            "time",
+            "Time against memory",
+            lambda: figures.time_against_memory(frame),
+            lambda: verdict.time_sentences(frame),
+            "Step time: forward, backward and optimizer, from idle device to idle device, warm-up thrown away; median, "
+            "bars are quartiles. A thin line joins the stored trial to the others of the same network and batch.",
+        ),
+        _section(
+            "drift",
+            "Drift by block",
+            lambda: figures.drift_by_block(frame, traces),
+            lambda: verdict.drift_sentences(frame),
+            "Drift: error of a block's rebuilt input against the input that the forward saw, relative L2 norm, on the "
+            "initial weights. Gradient angle: degrees between the gradient by all parameters with the chosen activations "
+            "and the one with stored, same weights, batch and precision.",
+        ),
+    ]
+
+
+def _section(
+    anchor: str,
+    title: str,
+    draw: Callable[[], go.Figure | None],
+    find: Callable[[], list[str]],
+    definition: str,
+) -> Section:
+    try:
+        figure = draw()
+    except KeyError as absent:
+        return Section(anchor, title, [f"Not drawn: no trial recorded {absent}."], definition, None)
+    if figure is None:
+        return Section(anchor, title, ["Not drawn: no finished trial has these figures."], definition, None)
+    return Section(anchor, title, find(), definition, _figure_html(figure, anchor))
+
+
+def _figure_html(figure: go.Figure, anchor: str) -> Markup:
+    description = figure.layout.meta["description"]
+    html = figure.to_html(
+        full_html=False,
+        include_plotlyjs=False,
+        div_id=f"figure-{anchor}",
+        config={"responsive": True, "displaylogo": False, "toImageButtonOptions": {"format": "svg", "filename": anchor}},
+    )
+    return Markup('<div class="figure" role="img" aria-label="{}">{}</div>').format(description, Markup(html))
+
+
+def _origins(records: list[Record]) -> list[tuple[str, str]]:
+    """Device, libraries and commit; each line with every value that occurs, since a run may span machines."""
+    facts: dict[str, dict[str, None]] = {}
+
+    def note(key: str, value: object) -> None:
+        if value not in (None, ""):
+            facts.setdefault(key, {})[str(value)] = None
+
+    for record in records:
+        machine = record.machine
+        note("device", machine.get("device_name"))
+        note("driver", machine.get("cuda_driver"))
+        if "memory_bytes" in machine:
+            note("host", f"{machine.get('cpu_count')} cores, {machine['memory_bytes'] / 2**30:.0f} GiB")
+        note("threads", machine.get("threads"))
+        note("system", machine.get("platform"))
+        for package, number in record.versions.items():
+            note(package, number)
+        if record.git:
+            note("commit", record.git["commit"][:12] + (" and uncommitted changes" if record.git["dirty"] else ""))
+    return [(key, " / ".join(values)) for key, values in facts.items()]
+
+
+def _table(frame: pd.DataFrame, records: list[Record]) -> dict[str, Any]:
+    by_id = {record.id: record for record in records}
+    spec = [name for name in SPEC_COLUMNS if name in frame]
+    rows = []
+    for row in frame.to_dict("records"):
+        record = by_id[row["id"]]
+        rows.append(
+            {
+                "id": record.id,
+                "status": record.status,
+                "symbol": SYMBOLS[record.status],
+                "reason": record.reason or "",
+                "attempts": len(record.attempts),
+                "spec": [_plain(row[name]) for name in spec],
+                "metrics": [_cell(column, record) for column in METRIC_COLUMNS],
+            }
+        )
+    return {"spec": [name.replace("_", " ") for name in spec], "metrics": [c.heading for c in METRIC_COLUMNS], "rows": rows}
+
+
+def _cell(column: Column, record: Record) -> dict[str, Any]:
+    value = record.metrics.get(column.name)
+    if value is None:
+        return {"text": "n/a", "sort": "", "why": record.unmeasured.get(column.name) or record.reason or "not recorded"}
+    return {"text": column.show(value), "sort": json.dumps(value), "why": ""}
+
+
+def _plain(value: object) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,92 @@
+"""The maps: forward and inverse of a coupling. No autograd tricks here.
+
+Legend: x1, x2 the two streams of a block's input; y1, y2 those of its output; all of one shape.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from revnet_core.errors import InPlaceError, ShapeError, located
+from revnet_core.precision import Precision
+
+PLAIN = Precision()
+NetName = Literal["f", "g"]
+
+
+class AdditiveCoupling(nn.Module):
+    """y1 = x1 + F(x2); y2 = x2 + G(y1), with F and G any modules that keep the shape.
+
+    Source: Gomez et al. 2017, arXiv:1707.04585, eq. 6 to 8.
+    """
+
+    def __init__(self, f: nn.Module, g: nn.Module) -> None:
+        super().__init__()
+        self.f = f
+        self.g = g
+        # Whether a net changes its input in place (a leading ReLU(inplace=True), say); None until it has run.
+        self._mutates_input: dict[str, bool | None] = {"f": None, "g": None}
+
+    def forward(self, x1: Tensor, x2: Tensor, *, precision: Precision = PLAIN, **side: Any) -> tuple[Tensor, Tensor]:
+        """Map (x1, x2) to (y1, y2); the streams have `precision`'s dtype and stay as they are.
+
+        Raises ShapeError when F or G changes the shape.
+        """
+        y1 = x1 + self._residual("f", x2, precision, side)
+        y2 = x2 + self._residual("g", y1, precision, side)
+        return y1, y2
+
+    def inverse(self, y1: Tensor, y2: Tensor, *, precision: Precision = PLAIN, **side: Any) -> tuple[Tensor, Tensor]:
+        """Rebuild (x1, x2) from (y1, y2); rounds once per subtraction unless the precision is exact.
+
+        What F and G drew at random in the forward is not known here; `audit_inverse` replays it.
+        """
+        x2 = y2 - self._residual("g", y1, precision, side)
+        x1 = y1 - self._residual("f", x2, precision, side)
+        return x1, x2
+
+    def evaluate(self, name: NetName, source: Tensor, side: dict[str, Any], *, own_copy: bool = False) -> Tensor:
+        """F or G of a stream, in the net's own dtype; the stream is protected from in-place changes.
+
+        own_copy: the net gets a copy even when it leaves its input alone, because someone may keep it.
+        Raises ShapeError when the net changed the shape, InPlaceError when it changes its input in some
+        calls only.
+        """
+        net: nn.Module = getattr(self, name)
+        given = as_net_input(net, source)
+        mutates = self._mutates_input[name]
+        if given is source and (own_copy or mutates is not False):
+            given = source.clone()
+        version = None if given.is_inference() else given._version
+        out = net(given, **side)
+        if version is not None:
+            changed = given._version != version
+            if mutates is None:
+                self._mutates_input[name] = changed
+            elif changed and not mutates:
+                raise InPlaceError(
+                    f"{type(net).__name__} changed its input in place, which it did not do in its first "
+                    f"call. Put a clone() in front of the in-place operation."
+                )
+        if not isinstance(out, Tensor) or out.shape != source.shape:
+            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ShapeError(
+                f"{type(net).__name__} turned {tuple(source.shape)} into {got}; inside a coupling the shape "
+                "must stay. Put strides and changes of width between sequences, where activations are stored."
+            )
+        return out
+
+    def _residual(self, name: NetName, source: Tensor, precision: Precision, side: dict[str, Any]) -> Tensor:
+        with located(f"{name}: "):
+            return precision.residual(self.evaluate(name, source, side))
+
+
+def as_net_input(net: nn.Module, stream: Tensor) -> Tensor:
+    """The stream in the dtype that the net computes in: its parameters', unless autocast sees to that."""
+    if stream.dtype != torch.float64 and torch.is_autocast_enabled(stream.device.type):
+        return stream
+    parameter = next(net.parameters(), None)
+    if parameter is None or not parameter.is_floating_point():
+        return stream
+    return stream.to(parameter.dtype)

@@ -1,0 +1,175 @@
+"""What a recompute must find as the forward found it: random state, autocast, training mode, buffers."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from revnet_core.errors import ChangedStateError
+
+# Of these the running statistics can be left alone by one flag; a subclass with a forward of its own may not heed it.
+_FLAGGED_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+class _Held(NamedTuple):
+    """A parameter or buffer as the recording found it: the tensor itself, which must keep its version, or a copy
+    (version None) of a buffer that the recording changed."""
+
+    module: nn.Module
+    name: str
+    tensor: Tensor
+    version: int | None
+
+
+class Replay:
+    """One evaluation of `net`, recorded once and replayed as often as wanted.
+
+    Draws from torch's global generators (CPU and the current CUDA device) are repeated without moving the
+    generators' sequence, and buffers - batch-norm statistics or any other - end as the first evaluation left
+    them. Draws from other generators (Python's `random`, NumPy, a `torch.Generator` of one's own) are not
+    seen. Costs nothing lasting for a net that draws nothing and changes no other buffer than batch norm's.
+    A replay without a recording finds everything as it is, and leaves it so.
+
+    same_graph: the replay must save the same tensors for backward as the recording, which checkpointing counts;
+    batch norm then gets copies of its statistics rather than none, which costs a copy.
+    observed: the net has hooks, which may keep what they see.
+
+    `replaying` raises ChangedStateError when a parameter, or a buffer that the recording only read, was changed.
+    """
+
+    def __init__(self, net: nn.Module, device: torch.device, *, same_graph: bool = False) -> None:
+        self._net = net
+        self._device = device
+        self._same_graph = same_graph
+        self._modules = tuple(net.modules())
+        self._training = tuple(module.training for module in self._modules)
+        self._cpu_state: Tensor | None = None
+        self._cuda_state: Tensor | None = None
+        self._parameters: list[_Held] = []
+        self._buffers = [_Held(m, name, b, None) for m, name, b in self._read_buffers() if not _is_flagged(m)]
+        self.observed = any(
+            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+            for m in self._modules
+        )
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        cpu_state = torch.get_rng_state()
+        cuda_state = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
+        before = [
+            (_Held(m, name, b, _version_of(b)), None if _is_flagged(m) else b.clone())
+            for m, name, b in self._read_buffers()
+        ]
+        yield
+        if not torch.equal(cpu_state, torch.get_rng_state()):
+            self._cpu_state = cpu_state
+        if cuda_state is not None and not torch.equal(cuda_state, torch.cuda.get_rng_state(self._device)):
+            self._cuda_state = cuda_state
+        self._buffers = [
+            held._replace(tensor=copy, version=None)
+            if copy is not None and _change_of(held, held.module._buffers)
+            else held
+            for held, copy in before
+        ]
+        self._parameters = [
+            _Held(m, name, p, _version_of(p))
+            for m in self._modules
+            for name, p in m._parameters.items()
+            # DeepSpeed marks a parameter so whose contents it moves in and out.
+            if p is not None and not hasattr(p, "ds_id")
+        ]
+
+    @contextlib.contextmanager
+    def replaying(self) -> Iterator[None]:
+        self._refuse_changes()
+        with contextlib.ExitStack() as undo:
+            for module, training in zip(self._modules, self._training, strict=True):
+                if module.training != training:
+                    undo.callback(setattr, module, "training", module.training)
+                    module.training = training
+                if not (_is_flagged(module) and module.training and module.track_running_stats):
+                    continue
+                if self._same_graph:
+                    self._swap_buffers(module, undo)
+                else:
+                    undo.callback(setattr, module, "track_running_stats", True)
+                    module.track_running_stats = False  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+            for module, name, tensor, version in self._buffers:
+                undo.callback(module._buffers.__setitem__, name, module._buffers[name])
+                module._buffers[name] = tensor.clone() if version is None else tensor
+            if self._cpu_state is not None:
+                undo.callback(torch.set_rng_state, torch.get_rng_state())
+                torch.set_rng_state(self._cpu_state)
+            if self._cuda_state is not None:
+                undo.callback(torch.cuda.set_rng_state, torch.cuda.get_rng_state(self._device), self._device)
+                torch.cuda.set_rng_state(self._cuda_state, self._device)
+            yield
+
+    def _swap_buffers(self, module: nn.Module, undo: contextlib.ExitStack) -> None:
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                undo.callback(module._buffers.__setitem__, name, buffer)
+                module._buffers[name] = buffer.clone()
+
+    def _refuse_changes(self) -> None:
+        for held in self._parameters:
+            if change := _change_of(held, held.module._parameters):
+                self._refuse("parameter", held, change)
+        for held in self._buffers:
+            # One that was replaced is still held here, as it was.
+            if held.version is not None and held.version != _version_of(held.tensor):
+                self._refuse("buffer", held, "changed in place")
+
+    def _refuse(self, what: str, held: _Held, change: str) -> NoReturn:
+        path = next(name for name, module in self._net.named_modules() if module is held.module)
+        name = f"{path}.{held.name}".lstrip(".")
+        raise ChangedStateError(
+            f"{what} {name!r} of {type(self._net).__name__} was {change} after the forward; "
+            "the backward evaluates the net again and needs it as it was. Change it after the backward, or set "
+            "activations='stored'."
+        )
+
+    def _read_buffers(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """Every buffer but those that batch norm in training mode writes and does not read."""
+        for module, training in zip(self._modules, self._training, strict=True):
+            if module._buffers and not (training and _is_flagged(module)):
+                for name, buffer in module._buffers.items():
+                    if buffer is not None:
+                        yield module, name, buffer
+
+
+def _version_of(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _change_of(held: _Held, tensors: Mapping[str, Tensor | None]) -> str | None:
+    if tensors.get(held.name) is not held.tensor:
+        return "replaced"
+    return "changed in place" if _version_of(held.tensor) != held.version else None
+
+
+def _is_flagged(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and type(module).forward in _FLAGGED_FORWARDS
+
+
+@dataclass(frozen=True)
+class AutocastState:
+    """The autocast under which a forward ran."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, device: torch.device) -> "AutocastState":
+        kind = device.type
+        return cls(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+
+    def restored(self) -> torch.autocast:
+        # The cache would hand weights cast without a graph, in the forward, to the recompute: their gradient
+        # would be lost.
+        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)

@@ -1,0 +1,52 @@
+"""Factories as a user would write them, each of a model that goes wrong in one way."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Linear(nn.Module):
+    def __init__(self, num_classes: int, before: Callable[[], object]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3 * 32 * 32, num_classes)
+        self.before = before
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.before()
+        return self.linear(x.flatten(1))
+
+
+def fine(*, num_classes: int, **options: Any) -> nn.Module:
+    return Linear(num_classes, lambda: None)
+
+
+def raises(*, num_classes: int, **options: Any) -> nn.Module:
+    def fail() -> None:
+        raise ValueError("planted")
+
+    return Linear(num_classes, fail)
+
+
+def killed(*, num_classes: int, **options: Any) -> nn.Module:
+    return Linear(num_classes, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def hangs(*, num_classes: int, **options: Any) -> nn.Module:
+    return Linear(num_classes, lambda: threading.Event().wait())
+
+
+def hungry(*, num_classes: int, **options: Any) -> nn.Module:
+    """Keeps 16 MiB more each time round, up to 8 GiB."""
+    kept: list[Tensor] = []
+    return Linear(num_classes, lambda: [kept.append(torch.ones(2**22)) for _ in range(512)])
+
+
+def diverges(*, num_classes: int, **options: Any) -> nn.Module:
+    model = Linear(num_classes, lambda: None)
+    nn.init.constant_(model.linear.weight, float("nan"))
+    return model

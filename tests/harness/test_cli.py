@@ -1,0 +1,92 @@
+"""The command: what it prints, its exit codes, and that bad input starts and writes nothing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.harness.conftest import Command
+
+STUDY = """\
+name: small
+model: revnet
+grid:
+  depth: [14]
+fixed: {batch_size: 2}
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "place", "message"),
+    [
+        ("grid:", "grdi:", "study.yaml:3", "grid"),
+        ("[14]", "[]", "study.yaml:4", "depth"),
+        ("[14]", "[14, 40]", "study.yaml:4: grid.depth[1] = 40", "nearest two are 38 and 50"),
+        ("model: revnet", "model: revnte", "study.yaml:2", "Did you mean revnet"),
+        ("model: revnet", "model: no_such_package:factory", "study.yaml:2", "cannot import"),
+        ("batch_size: 2", "batch_size: 0", "study.yaml:5", "batch_size"),
+        ("fixed:", "data: {name: cifar01}\nfixed:", "study.yaml:5", "cifar10"),
+        ("fixed:", "data: {path: nowhere}\nfixed:", "study.yaml:5", "nowhere"),
+        ("fixed:", "deepspeed: {fp16: {enabled: true}}\nfixed:", "study.yaml:5", "fp16"),
+    ],
+)
+def test_bad_studies_are_refused_with_their_place(
+    revnet: Command, tmp_path: Path, old: str, new: str, place: str, message: str
+) -> None:
+    assert old in STUDY
+    (tmp_path / "study.yaml").write_text(STUDY.replace(old, new))
+    for command in ("plan", "run"):
+        done = revnet(command, "study.yaml")
+        assert done.returncode == 2, done.stdout
+        assert place in done.stderr
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["study.yaml"]
+
+
+def test_a_plan_lists_every_trial_and_starts_nothing(revnet: Command, tmp_path: Path) -> None:
+    done = revnet("plan", "quickstart")
+    assert done.returncode == 0, done.stderr
+    assert "36 trials, 0 done, 36 to run" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_directory_of_another_study_is_refused(revnet: Command, tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(STUDY)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "plan.json").write_text('{"schema": 1, "name": "other", "hash": "00", "trials": ["a"]}')
+    done = revnet("run", "study.yaml", "--out", "run")
+    assert done.returncode == 2
+    assert "run of another study: 'other'" in done.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["plan.json"]
+
+
+def test_a_report_of_nothing_is_refused(revnet: Command, tmp_path: Path) -> None:
+    done = revnet("report", "nowhere")
+    assert done.returncode == 2
+    assert "no run here" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_placed_is_refused_before_it_starts(revnet: Command, tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(STUDY + "resources: {cpus_per_worker: 4096}\n")
+    done = revnet("run", "study.yaml", "--out", "run")
+    assert done.returncode == 2
+    assert "needs 4096 CPU on one node" in done.stderr
+    assert not (tmp_path / "run" / "trials").exists()
+
+
+def test_models_lists_the_families(revnet: Command) -> None:
+    done = revnet("models")
+    assert "resnet" in done.stdout
+    assert "12n+2" in done.stdout
+
+
+def test_help_imports_nothing_heavy() -> None:
+    program = (
+        "import sys\nfrom harness.cli import app\ntry:\n    app(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'ray', 'deepspeed', 'pandas', 'plotly', 'pyarrow', 'numpy'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,43 @@
+"""Every study that comes with the harness can be run as it is."""
+
+from collections import Counter
+
+import pytest
+
+from harness.study import SHIPPED, check_trials, load_study, shipped_studies
+from harness.trials import expand
+
+
+def test_the_five_studies_are_shipped() -> None:
+    assert {"quickstart", "depth", "batch", "precision", "zero"} <= set(shipped_studies())
+
+
+@pytest.mark.parametrize("name", shipped_studies())
+def test_a_shipped_study_says_what_it_asks_and_expands(name: str) -> None:
+    study = load_study(name)
+    trials = expand(study)
+    check_trials(study, trials)
+    assert study.name == name.replace("/", "-")
+    assert study.question.endswith("?")
+    assert study.predict
+    assert (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8").startswith(f"# {len(trials)} trials")
+
+
+def test_the_quickstart_compares_resnet_and_revnet_in_36_trials() -> None:
+    trials = expand(load_study("quickstart"))
+    assert Counter(trial.model for trial in trials) == {"resnet": 12, "revnet": 24}
+    assert Counter((trial.activations, trial.reconstruction) for trial in trials) == {
+        ("stored", "fp32"): 12,
+        ("checkpointed", "fp32"): 12,
+        ("reconstructed", "fp32"): 6,
+        ("reconstructed", "exact"): 6,
+    }
+    assert {trial.depth for trial in trials} == {14, 26, 38}
+    assert {trial.batch_size for trial in trials} == {16, 32}
+    assert {(trial.warmup_steps, trial.measured_steps, trial.audit_batch_size) for trial in trials} == {(1, 3, 8)}
+
+
+def test_zero_covers_every_stage_on_two_workers() -> None:
+    trials = expand(load_study("zero"))
+    assert {trial.zero_stage for trial in trials} == {0, 1, 2, 3}
+    assert {trial.workers for trial in trials} == {2}

@@ -1,0 +1,96 @@
+"""The run directory: whole or absent, refused when it is somebody else's, the same on any file system."""
+
+import uuid
+from pathlib import Path
+
+import pytest
+
+from harness.errors import RecordError, StoreError
+from harness.record import Record, TraceRow
+from harness.store import RunStore
+
+STUDY = {"name": "s", "question": "what: is it?", "grid": {"depth": [14, 26]}}
+TRACE = [TraceRow("step", 0, "step_s", 0.25), TraceRow("drift", 3, "rel", 1e-7)]
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> RunStore:
+    return RunStore(tmp_path / "run" if request.param == "local" else f"memory://{uuid.uuid4().hex}/run")
+
+
+def test_what_is_written_is_read(store: RunStore, record: Record) -> None:
+    store.open_for(STUDY, [record.id])
+    store.write_trial(record, TRACE, b"a log")
+    assert store.finished_ids() == {record.id}
+    assert store.read_records() == [record]
+    assert store.read_trace_rows(record.id) == TRACE
+    assert store.read_log(record.id) == "a log"
+    assert store.read_study() == STUDY
+    assert RunStore(store.absolute_uri).read_records() == [record]
+
+
+def test_nothing_is_there_before_it_is_written(store: RunStore) -> None:
+    assert store.finished_ids() == set()
+    assert store.read_plan() is store.read_study() is store.read_log("x") is store.find_record("x") is None
+    assert store.read_trace_rows("x") == []
+    with pytest.raises(StoreError, match="no such record"):
+        store.read_record("x")
+
+
+def test_a_run_of_another_study_is_refused_and_left_alone(store: RunStore) -> None:
+    store.open_for(STUDY, ["a", "b"])
+    with pytest.raises(StoreError, match=r"another study: 's' with 2 trials.*this one is 't' with 1"):
+        store.open_for(STUDY | {"name": "t"}, ["c"])
+    assert store.read_study() == STUDY
+
+
+def test_the_same_trials_are_the_same_run_whatever_the_wording(store: RunStore) -> None:
+    store.open_for(STUDY, ["a", "b"])
+    store.open_for(STUDY | {"question": "put differently"}, ["b", "a"])
+    study = store.read_study()
+    assert study is not None
+    assert study["question"] == "put differently"
+
+
+def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(StoreError, match=r"holds no plan\.json"):
+        RunStore(tmp_path).open_for(STUDY, ["a"])
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(
+    tmp_path: Path, record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RunStore(tmp_path)
+    store.write_trial(record)
+
+    def full(descriptor: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("harness.store.os.fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        store.write_trial(record.model_copy(update={"status": "failed"}))
+    monkeypatch.undo()
+    assert store.read_record(record.id).status == "ok"
+    assert [path.name for path in (tmp_path / "trials").iterdir()] == [f"{record.id}.json"]
+
+
+def test_a_record_of_an_unknown_schema_is_refused_with_its_file(tmp_path: Path, record: Record) -> None:
+    store = RunStore(tmp_path)
+    store.write_trial(record)
+    path = tmp_path / "trials" / f"{record.id}.json"
+    path.write_text(path.read_text().replace('"schema": 1', '"schema": 7'))
+    with pytest.raises(RecordError, match=rf"{record.id}\.json: schema = 7"):
+        store.read_records()
+
+
+def test_a_trace_written_without_pyarrow_reads_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    record = Record(id="a", spec={}, status="ok")
+    RunStore(tmp_path).write_trial(record, TRACE)
+    assert RunStore(tmp_path).read_trace_rows("a") == TRACE
+    monkeypatch.undo()
+    table = RunStore(tmp_path).read_trace("a")
+    assert table is not None
+    assert table.to_pylist() == [row._asdict() for row in TRACE]

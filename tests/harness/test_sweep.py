@@ -1,0 +1,156 @@
+"""Whole sweeps through the command, under a real Ray: what runs, what is kept, and what becomes of faults."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from harness.record import Record
+from harness.store import RunStore
+from tests.harness.conftest import Command, environment
+
+FAULTS = """\
+name: faults
+question: What becomes of trials that go wrong?
+grid:
+  model:
+    - faulty_models:fine
+    - faulty_models:raises
+    - faulty_models:killed
+    - faulty_models:hangs
+    - faulty_models:hungry
+    - faulty_models:diverges
+when:
+  - if: {model: "faulty_models:fine"}
+    grid: {compute: [fp32, fp16, bf16]}
+fixed: {activations: stored, measured_steps: 1, warmup_steps: 0, batch_size: 4, depth: null}
+resources: {timeout_s: 30, memory: 1GiB}
+"""
+
+SWEEP = """\
+name: sweep
+question: Does it go on where it stopped?
+model: revnet
+grid: {depth: [14, 26], activations: [stored, reconstructed]}
+fixed: {batch_size: 4, measured_steps: 2, warmup_steps: 0, audit_batch_size: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunStore, "subprocess.CompletedProcess[str]"]:
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "faults.yaml").write_text(FAULTS)
+    command = [sys.executable, "-m", "harness.cli", "run", "faults.yaml", "--out", "run"]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=280)
+    return RunStore(folder / "run"), done
+
+
+def by_model(store: RunStore, compute: str = "fp32") -> dict[str, Record]:
+    records = [record for record in store.read_records() if record.spec["compute"] == compute]
+    return {record.spec["model"].split(":")[1]: record for record in records}
+
+
+@pytest.mark.parametrize(
+    ("model", "status", "reason"),
+    [
+        ("fine", "ok", None),
+        ("raises", "failed", "ValueError: planted"),
+        ("killed", "crashed", "the process was ended by SIGKILL"),
+        ("hangs", "timeout", "still running after 30 s"),
+        ("hungry", "oom", "over the limit of 1024 MiB"),
+        ("diverges", "diverged", "the loss of measured step 0 is nan"),
+    ],
+)
+def test_each_fault_is_a_record_with_a_reason_and_a_log(
+    faults: tuple[RunStore, object], model: str, status: str, reason: str | None
+) -> None:
+    store, _ = faults
+    record = by_model(store)[model]
+    assert record.status == status
+    assert (record.reason or "").startswith(reason or "")
+    assert (record.reason is None) == (reason is None)
+    assert [attempt.status for attempt in record.attempts] == [status]
+    assert store.read_log(record.id) is not None
+    assert ("activation_peak_bytes" in record.metrics) == (status == "ok")
+
+
+def test_what_the_device_does_not_have_is_unsupported_and_not_a_failure(faults: tuple[RunStore, object]) -> None:
+    import torch
+
+    if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        pytest.skip("this device supports fp16")
+    record = by_model(faults[0], "fp16")["fine"]
+    assert record.status == "unsupported"
+    assert record.reason is not None
+    assert "DeepSpeed does not support it on this device" in record.reason
+
+
+def test_the_command_says_what_failed_and_exits_with_1(
+    faults: tuple[RunStore, "subprocess.CompletedProcess[str]"],
+) -> None:
+    store, done = faults
+    assert done.returncode == 1, done.stderr
+    assert "8 of 8 trials done" in done.stdout
+    assert "3 came to no result" in done.stdout
+    assert done.stdout.splitlines()[-1] == "report: run/report.html"
+    html = store.fs.cat_file(store.root + "/report.html").decode()
+    for record in store.read_records():
+        assert record.id in html
+        assert record.status in html
+
+
+def test_asking_for_one_again_keeps_its_first_attempt(
+    faults: tuple[RunStore, object], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    store, _ = faults
+    failed = by_model(store)["raises"]
+    folder = Path(store.root).parent
+    command = [sys.executable, "-m", "harness.cli", "run", "faults.yaml", "--out", "run", "--only", failed.id]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=200)
+    assert "1 run now" in done.stdout, done.stderr
+    assert [attempt.status for attempt in store.read_record(failed.id).attempts] == ["failed", "failed"]
+
+
+def finished_lines(process: "subprocess.Popen[str]") -> Iterator[str]:
+    """The lines that a sweep prints for finished trials, as they come."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.split("/")[0].isdigit():
+            yield line
+
+
+def contents(store: RunStore) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(store.root, "trials").iterdir()}
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_sweep_goes_on_where_it_stopped(revnet: Command, tmp_path: Path, how: signal.Signals) -> None:
+    (tmp_path / "sweep.yaml").write_text(SWEEP)
+    command = [sys.executable, "-m", "harness.cli", "run", "sweep.yaml", "--out", "run"]
+    first = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
+    next(finished_lines(first))
+    first.send_signal(how)
+    rest, _ = first.communicate(timeout=60)
+    store = RunStore(tmp_path / "run")
+    kept = contents(store)
+    assert 1 <= len(kept) < 4
+    if how == signal.SIGINT:
+        assert first.returncode == 4
+        assert "Go on with: revnet run sweep.yaml --out run" in rest
+        assert (tmp_path / "run" / "report.html").exists()
+
+    second = revnet("run", "sweep.yaml", "--out", "run")
+    assert second.returncode == 0, second.stderr
+    now = contents(store)
+    assert f"{len(now) - len(kept)} run now; 4 of 4 trials done: ok 4" in second.stdout
+    assert {name: now[name] for name in kept} == kept
+    assert [len(json.loads(data)["attempts"]) for data in now.values()] == [1, 1, 1, 1]
+
+    third = revnet("run", "sweep.yaml", "--out", "run")
+    assert third.returncode == 0
+    assert "0 run now; 4 of 4 trials done" in third.stdout
+    assert contents(store) == now

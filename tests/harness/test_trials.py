@@ -1,0 +1,223 @@
+"""Ids depend on content alone; a study expands to exactly the combinations that it writes down."""
+
+import json
+import math
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.errors import StudyError
+from harness.study import Study
+from harness.trials import TrialSpec, expand
+
+AXIS_VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "depth": st.none() | st.integers(1, 500),
+    "batch_size": st.integers(1, 512),
+    "activations": st.sampled_from(["stored", "checkpointed", "reconstructed"]),
+    "compute": st.sampled_from(["fp32", "tf32", "bf16", "fp16"]),
+    "zero_stage": st.integers(0, 3),
+    "learning_rate": st.floats(0, 10),
+}
+AXES = st.fixed_dictionaries(
+    {}, optional={key: st.lists(values, min_size=1, max_size=3, unique=True) for key, values in AXIS_VALUES.items()}
+)
+SPECS = st.fixed_dictionaries({"model": st.text(min_size=1, max_size=5)}, optional=AXIS_VALUES)
+
+
+def trials_of(**keys: Any) -> list[TrialSpec]:
+    return expand(Study.model_validate({"name": "x", "model": "revnet", **keys}))
+
+
+def shuffled(value: Any, order: random.Random) -> Any:
+    if not isinstance(value, dict):
+        return value
+    keys = list(value)
+    order.shuffle(keys)
+    return {key: shuffled(value[key], order) for key in keys}
+
+
+@given(spec=SPECS, order=st.randoms(use_true_random=False))
+def test_the_id_depends_on_content_and_not_on_the_order_of_keys(spec: dict[str, Any], order: random.Random) -> None:
+    trial = TrialSpec.model_validate(spec)
+    again = TrialSpec.from_json(json.dumps(shuffled(trial.model_dump(mode="json"), order)))
+    assert again == trial
+    assert again.id == trial.id
+    assert len(trial.id) == 12
+    assert set(trial.id) <= set("0123456789abcdef")
+
+
+@given(one=SPECS, other=SPECS)
+def test_ids_are_equal_exactly_when_specs_are(one: dict[str, Any], other: dict[str, Any]) -> None:
+    first, second = TrialSpec.model_validate(one), TrialSpec.model_validate(other)
+    assert (first.id == second.id) == (first == second)
+
+
+def test_the_id_of_a_known_spec_stays_what_it_is() -> None:
+    # A changed id makes every finished trial of every run run again.
+    assert TrialSpec(model="revnet").id == "81b8c52c08f6"
+    assert TrialSpec(model="revnet", learning_rate=1).id == TrialSpec(model="revnet", learning_rate=1.0).id
+
+
+def test_the_spec_has_the_keys_of_the_contract() -> None:
+    assert TrialSpec(model="revnet").model_dump(mode="json") == {
+        "model": "revnet", "depth": 38, "data": {"name": "cifar10", "path": None, "image_size": 32}, "batch_size": 32,
+        "activations": "reconstructed", "compute": "fp32", "reconstruction": "fp32", "zero_stage": 0, "workers": 1,
+        "warmup_steps": 2, "measured_steps": 5, "audit_batch_size": 16, "learning_rate": 0.1, "seed": 0,
+        "resources": {"gpus_per_worker": None, "cpus_per_worker": 1, "memory_bytes": None}, "deepspeed": {},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "spec.json: not JSON"),
+        ("[]", "spec.json: .*it has to be a mapping"),
+        ('{"model": "a", "dept": 3}', "spec.json: unknown key 'dept'; did you mean 'depth'"),
+        ('{"model": "a", "depth": 0}', "spec.json: depth = 0; a depth is at least 1"),
+        ('{"depth": 38}', "spec.json: model is missing"),
+        ('{"model": "a", "deepspeed": {"fp16": {}}}', "spec.json: deepspeed.fp16 = {}; the harness sets this key"),
+        ('{"model": "a", "learning_rate": NaN}', "spec.json: learning_rate = NaN; "),
+        ('{"model": "a", "deepspeed": {"x": [1, Infinity]}}', "spec.json: deepspeed"),
+    ],
+)
+def test_a_spec_that_cannot_be_used_is_refused(text: str, message: str) -> None:
+    with pytest.raises(StudyError, match=f"^{message}"):
+        TrialSpec.from_json(text, source="spec.json")
+
+
+@given(grid=AXES, pairs=st.integers(0, 3), repeats=st.integers(1, 3))
+def test_a_study_expands_to_the_product_of_its_axes(grid: dict[str, list[Any]], pairs: int, repeats: int) -> None:
+    zipped = [{"workers": list(range(1, pairs + 1)), "measured_steps": list(range(11, pairs + 11))}] if pairs else []
+    trials = trials_of(grid=grid, zip=zipped, repeats=repeats)
+    assert len(trials) == math.prod(map(len, grid.values())) * max(pairs, 1) * repeats
+    assert len({trial.id for trial in trials}) == len(trials)
+    for key, values in grid.items():
+        assert {getattr(trial, key) for trial in trials} == set(values)
+    if pairs:
+        assert {trial.measured_steps - trial.workers for trial in trials} == {10}
+
+
+def test_the_order_is_as_written_with_seeds_innermost() -> None:
+    trials = trials_of(
+        grid={"depth": [62, 38], "batch_size": [8, 4]},
+        zip=[{"compute": ["fp32", "bf16"]}],
+        when=[{"if": {"depth": 38}, "grid": {"activations": ["stored", "checkpointed"]}}],
+        repeats=2,
+    )
+    rows = [(t.depth, t.batch_size, t.compute, t.activations, t.seed) for t in trials]
+    expected = [
+        (depth, batch_size, compute, activations, seed)
+        for depth in (62, 38)
+        for batch_size in (8, 4)
+        for compute in ("fp32", "bf16")
+        for activations in (("stored", "checkpointed") if depth == 38 else ("reconstructed",))
+        for seed in (0, 1)
+    ]
+    assert rows == expected
+
+
+def test_a_trial_that_comes_up_twice_is_kept_where_it_came_first() -> None:
+    assert [trial.depth for trial in trials_of(grid={"depth": [62, 38, 62]})] == [62, 38]
+
+
+def test_axes_go_above_fixed_and_fixed_above_defaults() -> None:
+    trials = trials_of(
+        grid={"depth": [38, 62]},
+        fixed={"reconstruction": "bf16"},
+        when=[{"if": {"depth": 62}, "grid": {"reconstruction": ["exact"]}}],
+    )
+    assert [(trial.depth, trial.reconstruction) for trial in trials] == [(38, "bf16"), (62, "exact")]
+
+
+def test_sections_of_the_study_reach_every_trial() -> None:
+    (trial,) = trials_of(
+        data={"name": "synthetic", "image_size": 64},
+        resources={"gpus_per_worker": 1, "cpus_per_worker": 2, "memory": "2GiB", "timeout_s": 5},
+        deepspeed={"gradient_clipping": 0.0},
+    )
+    assert trial.data.model_dump() == {"name": "synthetic", "path": None, "image_size": 64}
+    assert trial.resources.model_dump() == {"gpus_per_worker": 1, "cpus_per_worker": 2, "memory_bytes": 2**31}
+    assert trial.deepspeed == {"gradient_clipping": 0.0}
+
+
+def test_how_long_one_is_willing_to_wait_does_not_change_the_id() -> None:
+    (patient,), (hasty,) = trials_of(resources={"timeout_s": 900}), trials_of(resources={"timeout_s": 1})
+    assert patient.id == hasty.id
+
+
+GRID = {"depth": [38, 62], "activations": ["stored", "reconstructed"]}
+
+
+@given(condition=st.fixed_dictionaries({}, optional={key: st.sampled_from(GRID[key]) for key in GRID}).filter(bool))
+def test_exclude_drops_the_combinations_that_match_every_key(condition: dict[str, Any]) -> None:
+    everything = trials_of(grid=GRID)
+    matching = [t for t in everything if all(getattr(t, key) == value for key, value in condition.items())]
+    assert matching
+    assert trials_of(grid=GRID, exclude=[condition]) == [trial for trial in everything if trial not in matching]
+
+
+@given(condition=st.fixed_dictionaries({}, optional={key: st.sampled_from(GRID[key]) for key in GRID}).filter(bool))
+def test_when_multiplies_only_the_combinations_that_match_every_key(condition: dict[str, Any]) -> None:
+    trials = trials_of(grid=GRID, when=[{"if": condition, "grid": {"reconstruction": ["fp64", "exact"]}}])
+    for trial in trials:
+        matches = all(getattr(trial, key) == value for key, value in condition.items())
+        assert (trial.reconstruction in ("fp64", "exact")) == matches
+    assert len(trials) == 4 + 4 // 2 ** len(condition)
+
+
+def test_a_when_may_follow_from_another_and_from_what_is_fixed() -> None:
+    trials = trials_of(
+        fixed={"workers": 2},
+        when=[
+            {"if": {"workers": 2}, "grid": {"activations": ["stored", "reconstructed"]}},
+            {"if": {"activations": "reconstructed"}, "grid": {"reconstruction": ["fp32", "exact"]}},
+        ],
+    )
+    rows = [(trial.activations, trial.reconstruction) for trial in trials]
+    assert rows == [("stored", "fp32"), ("reconstructed", "fp32"), ("reconstructed", "exact")]
+
+
+def test_two_whens_may_set_one_key_where_they_exclude_each_other() -> None:
+    whens = [{"if": {"depth": depth}, "grid": {"batch_size": [depth]}} for depth in (38, 62)]
+    assert [trial.batch_size for trial in trials_of(grid={"depth": [38, 62]}, when=whens)] == [38, 62]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            "exclude:\n- {depth: 38}\n- {depth: 110}\n",
+            "x.yaml:6: exclude[1].depth = 110; no combination has it: depth is 38, 62. Correct the value",
+        ),
+        (
+            "exclude:\n- {depth: 38, batch_size: 8}\n",
+            "x.yaml:5: exclude[0].batch_size = 8; no combination has it: batch_size is 32.",
+        ),
+        (
+            "when:\n- if: {depth: 38}\n  grid: {workers: [2]}\n- if: {depth: 62, workers: 2}\n  grid: {seed: [1]}\n",
+            "x.yaml:7: when[1].if; no combination has all of these at once.",
+        ),
+        (
+            "when:\n- if: {activations: stored}\n  grid: {workers: [2]}\n",
+            "x.yaml:5: when[0].if.activations = 'stored'; no combination has it: activations is 'reconstructed'.",
+        ),
+        (
+            "when:\n- if: {depth: 38}\n  grid: {seed: [1]}\n- if: {workers: 1}\n  grid:\n    seed: [2]\n",
+            "x.yaml:9: when[1].grid.seed; when[0] sets seed for some of the same combinations.",
+        ),
+        ("exclude: [{workers: 1}]\n", "x.yaml:4: exclude; it drops every combination, so that no trial is left."),
+    ],
+)
+def test_what_matches_nothing_or_leaves_nothing_is_refused(keys: str, message: str) -> None:
+    study = Study.from_yaml("name: x\nmodel: revnet\ngrid: {depth: [38, 62]}\n" + keys, "x.yaml")
+    with pytest.raises(StudyError) as caught:
+        expand(study)
+    assert str(caught.value).startswith(message)
+
+
+def test_overlapping_excludes_are_allowed() -> None:
+    trials = trials_of(grid=GRID, exclude=[{"depth": 38}, {"depth": 38, "activations": "stored"}])
+    assert {trial.depth for trial in trials} == {62}

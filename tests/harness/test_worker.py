@@ -1,0 +1,143 @@
+"""One trial as its own process: the record it leaves, alone, with several ranks, and when it goes wrong."""
+
+import json
+import os
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness.record import Record
+from harness.store import RunStore
+from harness.supervise import supervise
+from harness.trials import TrialSpec
+from tests.harness.conftest import environment
+
+METRICS_OF_A_REVERSIBLE_TRIAL = {
+    "activation_peak_bytes",
+    "activation_saved_bytes",
+    "step_median_s",
+    "step_q1_s",
+    "step_q3_s",
+    "samples_per_s",
+    "loss_last",
+    "parameter_count",
+    "parameter_bytes",
+    "blocks",
+    "reversible_blocks",
+    "drift_max_rel",
+    "drift_max_abs",
+    "drift_max_ulp",
+    "gradient_rel",
+    "gradient_angle_deg",
+    "gradient_reference_angle_deg",
+    "stored_reference_angle_deg",
+}
+
+
+def run_worker(spec: TrialSpec, tmp_path: Path, prelude: str = "") -> Record:
+    path = tmp_path / "spec.json"
+    path.write_text(spec.canonical_json())
+    program = f"{prelude}\nimport runpy, sys\nsys.argv = ['worker', {str(path)!r}, {str(tmp_path / 'out')!r}]\n"
+    program += "runpy.run_module('harness.worker', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, timeout=200
+    )
+    assert RunStore(tmp_path / "out").finished_ids() == {spec.id}, done.stderr
+    return RunStore(tmp_path / "out").read_record(spec.id)
+
+
+def test_a_trial_runs_without_ray_pandas_and_plotly(spec: TrialSpec, tmp_path: Path) -> None:
+    blocked = ("ray", "pandas", "plotly", "pyarrow", "typer", "ruamel", "jinja2")
+    record = run_worker(spec, tmp_path, f"import sys\nfor name in {blocked}: sys.modules[name] = None")
+    assert record.status == "ok", record.reason
+    assert record.metrics.keys() >= METRICS_OF_A_REVERSIBLE_TRIAL
+    assert record.spec == spec.model_dump(mode="json")
+    assert record.versions["torch"] == torch.__version__
+    assert not record.metrics.keys() & record.unmeasured.keys()
+    rows = RunStore(tmp_path / "out").read_trace_rows(spec.id)
+    assert [row.index for row in rows if row.table == "step" and row.name == "step_s"] == [0, 1]
+    assert (
+        len([row for row in rows if row.table == "drift" and row.name == "rel"]) == record.metrics["reversible_blocks"]
+    )
+
+
+def test_the_same_seed_trains_the_same_whatever_becomes_of_the_activations(spec: TrialSpec, tmp_path: Path) -> None:
+    losses = {}
+    for activations in ("stored", "reconstructed"):
+        exact = spec.model_copy(update={"activations": activations, "reconstruction": "exact"})
+        (tmp_path / activations).mkdir()
+        losses[activations] = run_worker(exact, tmp_path / activations).metrics["loss_last"]
+    assert losses["stored"] == losses["reconstructed"]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_two_ranks_end_in_one_record(spec: TrialSpec, tmp_path: Path, zero_stage: int) -> None:
+    record = run_worker(spec.model_copy(update={"workers": 2, "zero_stage": zero_stage}), tmp_path)
+    assert record.status == "ok", record.reason
+    assert record.metrics["activation_peak_bytes"] > 0
+    assert "activation_peak_rank_spread_bytes" in record.metrics
+
+
+def test_one_rank_that_fails_ends_the_others(spec: TrialSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    update = {"model": "faulty_models:killed", "depth": None, "activations": "stored", "workers": 2}
+    done = supervise(spec.model_copy(update=update), timeout_s=120)
+    assert done.record.status == "crashed"
+    assert done.record.reason is not None
+    assert "was ended by SIGKILL" in done.record.reason
+
+
+def test_a_hanging_trial_is_ended_with_its_stack_in_the_log(spec: TrialSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    hanging = spec.model_copy(update={"model": "faulty_models:hangs", "depth": None, "activations": "stored"})
+    done = supervise(hanging, timeout_s=20)
+    assert (done.record.status, done.record.reason) == (
+        "timeout",
+        "still running after 20 s, the study's resources.timeout_s",
+    )
+    assert b"faulty_models.py" in done.log
+    assert b"in hangs" in done.log or b"in <lambda>" in done.log
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not JSON"), ('{"model": "revnet", "depht": 3}', "depht"), (None, "cannot be read")],
+)
+def test_bad_input_is_named_and_writes_nothing(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "spec.json"
+    if text is not None:
+        path.write_text(text)
+    command = [sys.executable, "-m", "harness.worker", str(path), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "spec.json" in done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_ends_with_its_supervisor(spec: TrialSpec, tmp_path: Path) -> None:
+    """The supervisor is killed by SIGKILL, so that it can tidy nothing up itself."""
+    hanging = spec.model_copy(update={"model": "faulty_models:hangs", "depth": None, "activations": "stored"})
+    (tmp_path / "spec.json").write_text(hanging.canonical_json())
+    arguments = ["-m", "harness.worker", str(tmp_path / "spec.json"), str(tmp_path / "out")]
+    program = (
+        "import os, subprocess, sys\n"
+        "environment = os.environ | {'REVNET_PARENT_PID': str(os.getpid())}\n"
+        f"worker = subprocess.Popen([sys.executable, *{arguments}], env=environment, stderr=subprocess.DEVNULL)\n"
+        "print(worker.pid, flush=True)\n"
+        "worker.wait()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], env=environment(), stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        worker_pid = int(json.loads(parent.stdout.readline()))
+        alive = os.pidfd_open(worker_pid)
+        parent.kill()
+    assert select.select([alive], [], [], 60)[0], "the worker outlived its supervisor"
+    os.close(alive)
