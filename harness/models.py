@@ -1,17 +1,25 @@
 """From the name in a study to a model: a family of revnet_core, or a user's own `package.module:factory`."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
 from harness.errors import ModelError
-from revnet_core import DepthError, Precision, UnknownModelError, check_depth, create_model
+from revnet_core import (
+    DepthError,
+    Precision,
+    ShapeError,
+    UnknownModelError,
+    check_channels,
+    check_depth,
+    create_model,
+)
 
 
-def check_model(name: str, depth: int | None) -> None:
-    """Raises ModelError for an unknown family or factory, or a depth that the family does not have.
+def check_model(name: str, depth: int | None, channels: Sequence[int] | None = None) -> None:
+    """Raises ModelError for an unknown family or factory, or a depth or widths that the family cannot have.
 
     A factory is imported, which runs its module's code.
     """
@@ -22,22 +30,31 @@ def check_model(name: str, depth: int | None) -> None:
         if depth is None:
             raise ModelError(f"{name} needs a depth. Give one in `fixed` or as an axis in `grid`.")
         check_depth(name, depth)
-    except (DepthError, UnknownModelError) as error:
+        if channels is not None:
+            check_channels(name, channels)
+    except (DepthError, ShapeError, UnknownModelError) as error:
         raise ModelError(str(error)) from None
 
 
 def build_model(
-    name: str, *, depth: int | None, num_classes: int, in_channels: int, activations: str, precision: Precision
+    name: str,
+    *,
+    depth: int | None,
+    channels: Sequence[int] | None,
+    num_classes: int,
+    in_channels: int,
+    activations: str,
+    precision: Precision,
 ) -> nn.Module:
-    """The model of a trial; a factory is called with the same keywords (`depth` only where the study gives one)."""
+    """The model of a trial; a factory is called with the same keywords (`depth` and `channels` only
+    where the study gives them)."""
     options: dict[str, Any] = {
         "num_classes": num_classes,
         "in_channels": in_channels,
         "activations": activations,
         "precision": precision,
     }
-    if depth is not None:
-        options["depth"] = depth
+    options |= {key: value for key, value in {"depth": depth, "channels": channels}.items() if value is not None}
     if ":" not in name:
         return create_model(name, **options)
     model = _import_factory(name)(**options)

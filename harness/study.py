@@ -201,7 +201,7 @@ def load_study(path_or_name: str | Path) -> Study:
 
 
 def check_trials(study: Study, trials: Sequence[TrialSpec]) -> None:
-    """Check that the models and data sets of the trials exist and have the depths and image sizes asked for.
+    """Check that the models and data sets of the trials exist and have the depths, widths and image sizes asked for.
 
     What a model does not support otherwise is a result, which the trial itself finds out.
 
@@ -212,9 +212,9 @@ def check_trials(study: Study, trials: Sequence[TrialSpec]) -> None:
     from harness.models import check_model
 
     faults: dict[str, None] = {}
-    for trial in {(trial.model, trial.depth): trial for trial in trials}.values():
+    for trial in {(trial.model, trial.depth, trial.channels): trial for trial in trials}.values():
         try:
-            check_model(trial.model, trial.depth)
+            check_model(trial.model, trial.depth, trial.channels)
         except ModelError as error:
             faults[_at_its_place(study, trial, str(error), otherwise="model")] = None
     for trial in {trial.data: trial for trial in trials}.values():

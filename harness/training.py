@@ -136,6 +136,7 @@ def create(spec: TrialSpec) -> nn.Module:
         model = build_model(
             spec.model,
             depth=spec.depth,
+            channels=spec.channels,
             num_classes=num_classes(spec.data.name),
             in_channels=CHANNELS,
             activations=spec.activations,

@@ -65,6 +65,10 @@ def _refuse_infinite(config: dict[str, JsonValue]) -> dict[str, JsonValue]:
 
 
 Activations = Annotated[Literal["stored", "checkpointed", "reconstructed"], BeforeValidator(_refuse_later_ones)]
+# YAML and JSON have lists; a trial is hashable.
+Channels = Annotated[
+    tuple[Annotated[int, Field(ge=1)], ...] | None, BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
+]
 Compute = Literal["fp32", "tf32", "bf16", "fp16"]
 Reconstruction = Literal["fp64", "fp32", "bf16", "fp16", "exact"]
 DeepSpeedConfig = Annotated[
@@ -97,6 +101,7 @@ class TrialSpec(_Inert):
 
     model: str = Field(min_length=1, description="a registered family, or package.module:factory")
     depth: int | None = Field(default=38, ge=1, description="as the family counts it; null for a user's own factory")
+    channels: Channels = Field(default=None, description="width of each stage; null: the family's own")
     data: DataSpec = DataSpec()
     batch_size: int = Field(default=32, ge=1, description="samples per rank and step")
     activations: Activations = "reconstructed"

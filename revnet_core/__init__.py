@@ -17,6 +17,7 @@ from revnet_core.errors import ReversibleError as ReversibleError
 from revnet_core.errors import ShapeError as ShapeError
 from revnet_core.errors import UnknownModelError as UnknownModelError
 from revnet_core.errors import UnsupportedError as UnsupportedError
+from revnet_core.networks import check_channels as check_channels
 from revnet_core.networks import check_depth as check_depth
 from revnet_core.networks import create_model as create_model
 from revnet_core.networks import list_models as list_models

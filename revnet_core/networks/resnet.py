@@ -3,12 +3,13 @@
 Source: He et al. 2016, arXiv:1603.05027; layers and widths as in memcnn's baselines.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from revnet_core.networks.base import Network, ResidualUnit, refuse_reconstruction, stem, tail
 from revnet_core.precision import Precision
 
-STEM_CHANNELS = 16
 STAGE_CHANNELS = (16, 32, 64)
 
 
@@ -19,22 +20,28 @@ class ResNet(Network):
     """
 
     def __init__(
-        self, units_per_stage: int, *, num_classes: int, in_channels: int, activations: str, precision: Precision
+        self,
+        units_per_stage: int,
+        *,
+        channels: Sequence[int] | None,
+        num_classes: int,
+        in_channels: int,
+        activations: str,
+        precision: Precision,
     ) -> None:
         super().__init__(activations=activations, precision=precision)
         refuse_reconstruction("resnet", precision)
-        self.blocks = units_per_stage * len(STAGE_CHANNELS)
+        widths = channels or STAGE_CHANNELS
+        self.blocks = units_per_stage * len(widths)
         self.reversible_blocks = 0
-        self.stem = stem(in_channels, STEM_CHANNELS)
+        width = widths[0]
+        self.stem = stem(in_channels, width)
         self.units = nn.ModuleList()
-        width = STEM_CHANNELS
-        for stage, channels in enumerate(STAGE_CHANNELS):
+        for stage, out in enumerate(widths):
             for unit in range(units_per_stage):
                 first = stage > 0 and unit == 0
-                self.units.append(
-                    ResidualUnit(width, channels, stride=2 if first else 1, activate=(stage, unit) != (0, 0))
-                )
-                width = channels
+                self.units.append(ResidualUnit(width, out, stride=2 if first else 1, activate=(stage, unit) != (0, 0)))
+                width = out
         self.tail = tail(width, num_classes)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:

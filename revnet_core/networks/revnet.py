@@ -4,14 +4,14 @@ The first unit of stages 2 and 3 changes stride and width, so it cannot be rever
 full width, and its activations are stored. Source: Gomez et al. 2017, arXiv:1707.04585; layers as in memcnn's networks.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from revnet_core.coupling import AdditiveCoupling, as_net_input
 from revnet_core.networks.base import Network, ResidualUnit, residual_function, stem, tail
 from revnet_core.precision import Precision
 from revnet_core.sequence import ReversibleSequence
-
-STEM_CHANNELS = 32
 
 
 def stage_channels(units_per_stage: int) -> tuple[int, int, int]:
@@ -23,18 +23,26 @@ class RevNet(Network):
     """One ReversibleSequence a stage; see `ReversibleSequence` for `activations` and `precision`."""
 
     def __init__(
-        self, units_per_stage: int, *, num_classes: int, in_channels: int, activations: str, precision: Precision
+        self,
+        units_per_stage: int,
+        *,
+        channels: Sequence[int] | None,
+        num_classes: int,
+        in_channels: int,
+        activations: str,
+        precision: Precision,
     ) -> None:
         super().__init__(activations=activations, precision=precision)
-        self.stem = stem(in_channels, STEM_CHANNELS)
+        widths = channels or stage_channels(units_per_stage)
+        width = widths[0]
+        self.stem = stem(in_channels, width)
         self.stages = nn.ModuleList()
         self.blocks = self.reversible_blocks = 0
-        width = STEM_CHANNELS
-        for stage, channels in enumerate(stage_channels(units_per_stage)):
+        for stage, out in enumerate(widths):
             modules: list[nn.Module] = []
             if stage > 0:
-                modules.append(ResidualUnit(width, channels, stride=2))
-            half = channels // 2
+                modules.append(ResidualUnit(width, out, stride=2))
+            half = out // 2
             couplings = [
                 AdditiveCoupling(*(residual_function(half, half, activate=(stage, unit) != (0, 0)) for _ in "fg"))
                 for unit in range(len(modules), units_per_stage)
@@ -44,7 +52,7 @@ class RevNet(Network):
             self.stages.append(nn.ModuleList(modules))
             self.blocks += units_per_stage
             self.reversible_blocks += len(couplings)
-            width = channels
+            width = out
         self.tail = tail(width, num_classes)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from revnet_core import (
     DepthError,
     Precision,
     ReversibleSequence,
+    ShapeError,
     UnknownModelError,
     UnsupportedError,
     check_depth,
@@ -22,6 +23,31 @@ def network(name: str, activations: str | None = None, precision: Precision | No
     torch.manual_seed(1)
     precision = precision or (FP64 if name.startswith("revnet") else Precision())
     return create_model(name, num_classes=10, activations=activations, precision=precision)
+
+
+@pytest.mark.parametrize("name", ["resnet14", "revnet14"])
+def test_widths_are_as_given(name: str) -> None:
+    wide = create_model(name, num_classes=10, channels=(8, 20, 12))
+    assert wide.state_dict()["stem.0.weight"].shape[0] == 8
+    assert wide(torch.randn(2, 3, 8, 8)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "message"),
+    [
+        ("revnet14", (8, 9, 12), r"channels\[1\] = 9, and the width of a revnet is even.*Write 8 or 10"),
+        ("revnet14", (0, 8, 12), r"channels\[0\] = 0"),
+        ("revnet14", (8, 12), "revnet has 3 stages"),
+        ("resnet14", (0, 8, 12), "at least 1"),
+    ],
+)
+def test_widths_that_cannot_be_are_refused(name: str, channels: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ShapeError, match=message):
+        create_model(name, num_classes=10, channels=channels)
+
+
+def test_a_resnet_may_have_odd_widths() -> None:
+    assert create_model("resnet14", num_classes=10, channels=(7, 9, 11))(torch.randn(2, 3, 8, 8)).shape == (2, 10)
 
 
 def tiny_images(dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -23,6 +23,7 @@ fixed: {batch_size: 2}
         ("grid:", "grdi:", "study.yaml:3", "grid"),
         ("[14]", "[]", "study.yaml:4", "depth"),
         ("[14]", "[14, 40]", "study.yaml:4: grid.depth[1] = 40", "nearest two are 38 and 50"),
+        ("[14]", "[14]\n  channels: [[32, 63, 112]]", "study.yaml:5: grid.channels[0]", "channels[1] = 63"),
         ("model: revnet", "model: revnte", "study.yaml:2", "Did you mean revnet"),
         ("model: revnet", "model: no_such_package:factory", "study.yaml:2", "cannot import"),
         ("batch_size: 2", "batch_size: 0", "study.yaml:5", "batch_size"),

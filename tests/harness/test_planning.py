@@ -1,6 +1,7 @@
 """Which trials run now: those without a record, those asked for again, and a spread of strategies under a limit."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,15 +40,15 @@ def store(tmp_path: Path) -> RunStore:
         ({"limit": 100}, [3, 4, 5]),
     ],
 )
-def test_selection(store: RunStore, options: dict[str, str | int], expected: list[int]) -> None:
-    defaults = {"only": None, "retry": None, "limit": None}
+def test_selection(store: RunStore, options: dict[str, Any], expected: list[int]) -> None:
+    defaults: dict[str, Any] = {"only": None, "retry": None, "limit": None}
     assert select_trials(TRIALS, store, **(defaults | options)) == [TRIALS[index] for index in expected]
 
 
 @pytest.mark.parametrize(
     ("options", "message"), [({"only": "zz"}, "no trial of this study"), ({"retry": "broken"}, "no status 'broken'")]
 )
-def test_what_does_not_exist_is_refused(store: RunStore, options: dict[str, str], message: str) -> None:
-    defaults = {"only": None, "retry": None, "limit": None}
+def test_what_does_not_exist_is_refused(store: RunStore, options: dict[str, Any], message: str) -> None:
+    defaults: dict[str, Any] = {"only": None, "retry": None, "limit": None}
     with pytest.raises(HarnessError, match=message):
         select_trials(TRIALS, store, **(defaults | options))
