@@ -22,9 +22,12 @@ def memory_against_depth(frame: pd.DataFrame, metric: str, label: str) -> go.Fig
     """`metric` (bytes) in MiB against depth, one panel a batch size: points, fitted lines, spread of repeats.
 
     A trial that ran out of memory is an open cross at its limit, or at the top where none is known. None when no
-    trial has the metric.
+    trial has the metric and a depth.
     """
-    if metric not in frame or frame[metric].notna().sum() == 0:
+    if metric not in frame:
+        return None
+    frame = frame.dropna(subset=["depth"])
+    if frame[metric].isna().all():
         return None
     batches = sorted(frame["batch_size"].unique())
     figure = make_subplots(
@@ -61,7 +64,9 @@ def time_against_memory(frame: pd.DataFrame) -> go.Figure | None:
     if usable.empty:
         return None
     figure = go.Figure()
-    cell_fields = [f for f in ("model", "depth", "batch_size", "compute", "zero_stage", "workers", "seed") if f in usable]
+    cell_fields = [
+        f for f in ("model", "depth", "batch_size", "compute", "zero_stage", "workers", "seed") if f in usable
+    ]
     xs: list[float | None] = []
     ys: list[float | None] = []
     for _, cell in usable.groupby(cell_fields, sort=False, dropna=False):
@@ -137,7 +142,7 @@ def drift_by_block(frame: pd.DataFrame, traces: pd.DataFrame) -> go.Figure | Non
     figure.update_xaxes(title_text="reversible block, from the input", type="category")
     figure.update_yaxes(title_text="network, compute, reconstruction", type="category", autorange="reversed")
     figure = _dressed(figure, "Relative error of the rebuilt input of each block, log10, by network and precision")
-    return figure.update_layout(height=170 + 34 * len(labels) + 70, margin={"l": 10, "r": 10, "t": 20, "b": 10})
+    return figure.update_layout(height=190 + 34 * len(labels), margin={"l": 10, "r": 10, "t": 40, "b": 10})
 
 
 def _add_points(
@@ -151,7 +156,7 @@ def _add_points(
     *,
     legend: bool,
 ) -> None:
-    color, marker, dash = style
+    color, marker, _ = style
     by_depth = rows.groupby("depth")[metric]
     middle, low, high = by_depth.median() / MIB, by_depth.min() / MIB, by_depth.max() / MIB
     figure.add_scatter(
@@ -175,9 +180,7 @@ def _add_points(
     )
 
 
-def _add_line(
-    figure: go.Figure, rows: pd.DataFrame, line: pd.Series, style: tuple[str, str, str], column: int
-) -> None:
+def _add_line(figure: go.Figure, rows: pd.DataFrame, line: pd.Series, style: tuple[str, str, str], column: int) -> None:
     color, _, dash = style
     ends = rows.sort_values("blocks").iloc[[0, -1]]
     figure.add_scatter(
@@ -244,8 +247,10 @@ def _dressed(figure: go.Figure, description: str) -> go.Figure:
     return figure.update_layout(
         template="plotly_white",
         height=470,
-        margin={"l": 10, "r": 10, "t": 40, "b": 10},
+        # Above the panels' titles there is room for the tool bar.
+        margin={"l": 10, "r": 10, "t": 70, "b": 10},
         legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
+        showlegend=True,
         font={"size": 13},
         meta={"description": description},
         hoverlabel={"namelength": -1},

@@ -11,8 +11,6 @@ from harness.store import RunStore
 # Strategy: what a reader compares. Model and activations always, the others where they differ within the run.
 _STRATEGY_EXTRAS = ("compute", "reconstruction", "zero_stage", "workers")
 _USUAL = {"compute": "fp32", "reconstruction": "fp32", "zero_stage": 0, "workers": 1}
-# 97.5 % points of Student's t for 1 to 10 degrees of freedom; beyond, the normal's with Cornish and Fisher's term.
-_T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 def trials_frame(store: RunStore) -> pd.DataFrame:
@@ -33,6 +31,7 @@ def trials_frame(store: RunStore) -> pd.DataFrame:
     frame = pd.DataFrame(rows, columns=None if rows else ["id", "status", "reason", "attempts", "unmeasured"])
     frame["strategy"] = _strategies(frame)
     if "depth" in frame:
+        frame["depth"] = pd.to_numeric(frame["depth"])
         order = [c for c in ("model", "strategy", "depth", "batch_size", "seed") if c in frame]
         frame = frame.sort_values(order, ignore_index=True)
     return frame
@@ -59,34 +58,31 @@ def missing_ids(store: RunStore) -> list[str]:
 def depth_law(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Least-squares line of `metric` (bytes) against `blocks`, for each strategy and batch size.
 
-    Columns: strategy, batch_size, n (trials), slope_bytes (per block), half_width_bytes (of the 95 % interval of
-    the slope; NaN with fewer than three points), intercept_bytes. No row where there is one depth only.
+    Columns: model, strategy, batch_size, slope_bytes (per block), intercept_bytes, and low_bytes and high_bytes: the
+    least and the greatest slope between neighbouring depths, which show how straight the line is (NaN with two
+    depths, which are always in line). No row where there is one depth only.
     """
+    columns = ["model", "strategy", "batch_size", "slope_bytes", "intercept_bytes", "low_bytes", "high_bytes"]
+    if metric not in frame or "blocks" not in frame:
+        return pd.DataFrame(columns=columns)
     rows = []
-    usable = frame[frame["status"] == "ok"] if metric in frame and "blocks" in frame else frame.iloc[:0]
-    usable = usable.dropna(subset=[metric, "blocks"]) if len(usable) else usable
-    if len(usable):
-        for (strategy, batch_size), cell in usable.groupby(["strategy", "batch_size"], sort=False):
-            if cell["blocks"].nunique() > 1:
-                fit = fit_line(cell["blocks"].tolist(), cell[metric].tolist())
-                rows.append((strategy, batch_size, len(cell), *fit))
-    columns = ["strategy", "batch_size", "n", "slope_bytes", "half_width_bytes", "intercept_bytes"]
+    usable = frame[frame["status"] == "ok"].dropna(subset=[metric, "blocks"])
+    for (model, strategy, batch_size), cell in usable.groupby(["model", "strategy", "batch_size"], sort=False):
+        middle = cell.groupby("blocks")[metric].median()
+        if len(middle) > 1:
+            rows.append((model, strategy, batch_size, *fit_line(middle.index.to_list(), middle.to_list())))
     return pd.DataFrame(rows, columns=columns)
 
 
-def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
-    """Slope, half width of its 95 % interval (NaN with fewer than three points), and intercept."""
-    n = len(x)
-    mean_x, mean_y = sum(x) / n, sum(y) / n
+def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float, float]:
+    """Slope and intercept of the least-squares line, and the least and greatest slope between neighbours in x
+    (NaN with two points). x ascending, at least two values."""
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     spread = sum((a - mean_x) ** 2 for a in x)
     slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread
-    intercept = mean_y - slope * mean_x
-    if n < 3:
-        return slope, math.nan, intercept
-    residual = sum((b - intercept - slope * a) ** 2 for a, b in zip(x, y, strict=True))
-    freedom = n - 2
-    t = _T_975[freedom - 1] if freedom <= len(_T_975) else 1.960 + 2.4 / freedom
-    return slope, t * math.sqrt(residual / freedom / spread), intercept
+    steps = [(y[i + 1] - y[i]) / (x[i + 1] - x[i]) for i in range(len(x) - 1)]
+    low, high = (min(steps), max(steps)) if len(steps) > 1 else (math.nan, math.nan)
+    return slope, mean_y - slope * mean_x, low, high
 
 
 def _flat(spec: dict[str, Any], prefix: str = "") -> dict[str, Any]:

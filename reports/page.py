@@ -20,7 +20,7 @@ from reports import figures, verdict
 from reports.frames import missing_ids, trace_frame, trials_frame
 
 TEMPLATES = Path(__file__).parent / "templates"
-SYMBOLS = {"ok": "✓", "oom": "✗", "diverged": "∞", "unsupported": "–", "timeout": "⏱", "crashed": "✗", "failed": "✗"}
+SYMBOLS = {"ok": "✓", "oom": "✗", "diverged": "∞", "unsupported": "–", "timeout": "…", "crashed": "!", "failed": "!"}
 MIB = 2**20
 
 
@@ -52,7 +52,10 @@ METRIC_COLUMNS = (
     Column("parameter_count", "parameters", lambda value: f"{value:,.0f}"),
     Column("blocks", "blocks", lambda value: f"{value:.0f}"),
 )
-SPEC_COLUMNS = ("model", "depth", "batch_size", "activations", "compute", "reconstruction", "zero_stage", "workers", "seed")
+SPEC_COLUMNS = (
+    *("model", "depth", "channels", "batch_size", "activations", "compute", "reconstruction"),
+    *("zero_stage", "workers", "seed"),
+)
 
 
 class Section(NamedTuple):
@@ -81,7 +84,10 @@ def build_report(store: RunStore) -> str:
         status=verdict.status_sentence(frame, len(missing)),
         trouble=verdict.trouble_sentence(frame),
         answers=_answers(frame),
+        summary=verdict.summary(frame) if len(frame) else [],
         missing=missing,
+        unmeasured=[record for record in records if record.status != "ok"],
+        symbols=SYMBOLS,
         sections=_sections(store, frame),
         origins=_origins(records),
         table=_table(frame, records),
@@ -98,9 +104,9 @@ def _answers(frame: pd.DataFrame) -> list[str]:
     if frame.empty:
         return []
     return [
-        *verdict.growth_sentences(frame, "activation_peak_bytes", "activation peak"),
+        *verdict.growth_sentences(frame, "activation_peak_bytes", "growth of the activation peak"),
         *verdict.saving_sentences(frame),
-        *verdict.time_sentences(frame),
+        *(sentence for sentence in verdict.time_sentences(frame) if "reconstructed" in sentence),
         *verdict.drift_sentences(frame),
     ]
 
@@ -114,17 +120,18 @@ def _sections(store: RunStore, frame: pd.DataFrame) -> list[Section]:
             "peak",
             "Activation peak against depth",
             lambda: figures.memory_against_depth(frame, peak, "activation peak"),
-            lambda: verdict.growth_sentences(frame, peak, "activation peak"),
+            lambda: verdict.growth_sentences(frame, peak, "growth of the activation peak"),
             "Activation peak: the highest rise of live bytes above the level at the start of a step, with parameters, "
             "gradients, optimizer state and the batch allocated before it; so activations, reconstruction buffers and "
             "temporaries. Under ZeRO 1 to 3 also the engine's buckets of reduced gradients. Lines: least squares per "
-            "block. Bars: lowest to highest of the repeats. An open cross ran out of memory.",
+            "block, through the medians of repeats. Bars: lowest to highest of the repeats. An open cross ran out of "
+            "memory.",
         ),
         _section(
             "saved",
             "Saved activations against depth",
             lambda: figures.memory_against_depth(frame, saved, "saved activations"),
-            lambda: verdict.growth_sentences(frame, saved, "saved activations"),
+            lambda: verdict.growth_sentences(frame, saved, "growth of the saved activations"),
             "Saved activations: bytes alive between forward and backward, above the level at the start of the step.",
         ),
         _section(
@@ -141,8 +148,8 @@ def _sections(store: RunStore, frame: pd.DataFrame) -> list[Section]:
             lambda: figures.drift_by_block(frame, traces),
             lambda: verdict.drift_sentences(frame),
             "Drift: error of a block's rebuilt input against the input that the forward saw, relative L2 norm, on the "
-            "initial weights. Gradient angle: degrees between the gradient by all parameters with the chosen activations "
-            "and the one with stored, same weights, batch and precision.",
+            "initial weights. Gradient angle: degrees between the gradient by all parameters with the chosen "
+            "activations and the one with stored, same weights, batch and precision.",
         ),
     ]
 
@@ -164,12 +171,16 @@ def _section(
 
 
 def _figure_html(figure: go.Figure, anchor: str) -> Markup:
-    description = figure.layout.meta["description"]
+    description = figure.layout["meta"]["description"]
     html = figure.to_html(
         full_html=False,
         include_plotlyjs=False,
         div_id=f"figure-{anchor}",
-        config={"responsive": True, "displaylogo": False, "toImageButtonOptions": {"format": "svg", "filename": anchor}},
+        config={
+            "responsive": True,
+            "displaylogo": False,
+            "toImageButtonOptions": {"format": "svg", "filename": anchor},
+        },
     )
     return Markup('<div class="figure" role="img" aria-label="{}">{}</div>').format(description, Markup(html))
 
@@ -208,13 +219,16 @@ def _table(frame: pd.DataFrame, records: list[Record]) -> dict[str, Any]:
                 "id": record.id,
                 "status": record.status,
                 "symbol": SYMBOLS[record.status],
-                "reason": record.reason or "",
                 "attempts": len(record.attempts),
                 "spec": [_plain(row[name]) for name in spec],
                 "metrics": [_cell(column, record) for column in METRIC_COLUMNS],
             }
         )
-    return {"spec": [name.replace("_", " ") for name in spec], "metrics": [c.heading for c in METRIC_COLUMNS], "rows": rows}
+    return {
+        "spec": [name.replace("_", " ") for name in spec],
+        "metrics": [c.heading for c in METRIC_COLUMNS],
+        "rows": rows,
+    }
 
 
 def _cell(column: Column, record: Record) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """What the figures say, in generated sentences with numbers."""
 
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -18,45 +20,45 @@ def status_sentence(frame: pd.DataFrame, missing: int) -> str:
     named = ", ".join(f"{status} {counts[status]}" for status in STATUSES if status in counts)
     planned = len(frame) + missing
     if missing:
-        return f"Partial run: {len(frame)} of {planned} trials have a record ({named or 'none'}); {missing} are missing."
+        have = f"{len(frame)} of {planned} trials have a record ({named or 'none'})"
+        return f"Partial run: {have}; {missing} are missing."
     return f"All {planned} trials have a record: {named}." if planned else "There is no trial."
 
 
 def growth_sentences(frame: pd.DataFrame, metric: str, label: str) -> list[str]:
-    """How `metric` grows with depth: one sentence a model and batch size, each strategy with its interval."""
+    """How much more `metric` each block costs at the largest batch size: one sentence a model."""
     law = depth_law(frame, metric)
-    law["model"] = law["strategy"].str.split(" · ").str[0]
     sentences = []
-    for (model, batch), group in law.groupby(["model", "batch_size"], sort=False):
+    for model, group in law[law["batch_size"] == law["batch_size"].max()].groupby("model", sort=False):
         rows = group.sort_values("slope_bytes", ascending=False)
-        parts = [f"{slope_text(row)} with {_without_model(row['strategy'])}" for _, row in rows.iterrows()]
-        sentence = f"{model}, batch {batch}: the {label} grows per block by {', '.join(parts)}."
         first, last = rows.iloc[0], rows.iloc[-1]
+        parts = ", ".join(f"{slope_text(row)} with {without_model(row['strategy'])}" for _, row in rows.iterrows())
+        sentence = f"{model}, batch {first['batch_size']}: the {label} per block: {parts}."
         if len(rows) > 1 and first["slope_bytes"] > 0 and last["slope_bytes"] > 0:
-            share = 100 * last["slope_bytes"] / first["slope_bytes"]
-            sentence += f" The last is {share:.2g} % of the first."
+            sentence += f" The last is {100 * last['slope_bytes'] / first['slope_bytes']:.2g} % of the first."
         sentences.append(sentence)
     return sentences
 
 
-def slope_text(row: pd.Series) -> str:
-    """`3.21 MiB (95 % 3.18 to 3.24)`; no interval where two depths leave none."""
-    slope, half = row["slope_bytes"] / MIB, row["half_width_bytes"] / MIB
+def slope_text(row: pd.Series, *, spread: bool = False) -> str:
+    """`3.21 MiB`, and with `spread` ` (3.18 to 3.24)` between neighbouring depths."""
+    slope, low, high = (row[name] / MIB for name in ("slope_bytes", "low_bytes", "high_bytes"))
     digits = 3 if abs(slope) < 1 else 2
-    interval = "" if math.isnan(half) else f" (95 % {slope - half:.{digits}f} to {slope + half:.{digits}f})"
-    return f"{slope:.{digits}f} MiB{interval}"
+    between = "" if math.isnan(low) or not spread else f" ({low:.{digits}f} to {high:.{digits}f})"
+    return f"{slope:.{digits}f}{between}" if spread else f"{slope:.{digits}f} MiB"
 
 
 def saving_sentences(frame: pd.DataFrame) -> list[str]:
-    """At the greatest depth of each model: the peak with stored activations against each other choice."""
+    """At the greatest depth and batch size of each model: the peak when reconstructed beside that when stored."""
     sentences = []
     for pair in _pairs(frame, "activation_peak_bytes"):
-        deepest = pair.table[pair.table["depth"] == pair.table["depth"].max()]
-        row = deepest.sort_values("batch_size").iloc[-1]
+        if "reconstructed" not in pair.name:
+            continue
+        row = pair.table.sort_values(["depth", "batch_size"]).iloc[-1]
         stored, other = row["activation_peak_bytes_stored"] / MIB, row["activation_peak_bytes"] / MIB
         sentences.append(
-            f"{pair.model}{row['depth']:.0f}, batch {row['batch_size']:.0f}: {pair.name} needs {other:.1f} MiB at the peak, "
-            f"stored {stored:.1f} MiB ({stored / other:.1f} times as much)."
+            f"{pair.model}{_at(row['depth'])}, batch {row['batch_size']:.0f}: the peak is {other:.1f} MiB {pair.name} "
+            f"and {stored:.1f} MiB stored, {stored / other:.1f} times as much."
         )
     return sentences
 
@@ -67,10 +69,10 @@ def time_sentences(frame: pd.DataFrame) -> list[str]:
     for pair in _pairs(frame, "step_median_s"):
         ratios = pair.table["step_median_s"] / pair.table["step_median_s_stored"]
         spread = f", {ratios.min():.2f} to {ratios.max():.2f}" if len(ratios) > 1 else ""
-        cells = "cell" if len(ratios) == 1 else "cells"
+        cells = "1 cell" if len(ratios) == 1 else f"{len(ratios)} cells"
         sentences.append(
-            f"{pair.model}: a step with {pair.name} takes {ratios.median():.2f} times as long as with stored activations "
-            f"(median of {len(ratios)} {cells}{spread})."
+            f"{pair.model}: a step takes {ratios.median():.2f} times as long {pair.name} as stored (median of {cells}"
+            f"{spread})."
         )
     return sentences
 
@@ -107,11 +109,74 @@ def trouble_sentence(frame: pd.DataFrame) -> str | None:
     return f"{trials} came to no result; the table gives the reasons and the logs."
 
 
-class _Pair:
+class SummaryRow(NamedTuple):
+    """One strategy at one batch size, as text; empty where it has no such figure."""
+
+    strategy: str
+    batch: str
+    peak_per_block: str
+    saved_per_block: str
+    peak: str
+    time_ratio: str
+    drift: str
+    angle: str
+
+
+def summary(frame: pd.DataFrame) -> list[SummaryRow]:
+    """The whole run in a few rows."""
+    measured = frame[frame["status"] == "ok"]
+    laws = {name: depth_law(frame, f"activation_{name}_bytes") for name in ("peak", "saved")}
+    ratios: dict[tuple[str, object], float] = {
+        (pair.strategy, batch): ratio for pair in _pairs(frame, "step_median_s") for batch, ratio in _by_batch(pair)
+    }
+    summary_rows = []
+    for (strategy, batch), rows in measured.groupby(["strategy", "batch_size"], sort=False):
+        slopes = {}
+        for name, law in laws.items():
+            line = law[(law["strategy"] == strategy) & (law["batch_size"] == batch)]
+            slopes[name] = slope_text(line.iloc[0], spread=True) if len(line) else ""
+        deepest = rows.sort_values("depth").iloc[-1]
+        peak = deepest.get("activation_peak_bytes", math.nan)
+        ratio = ratios.get((str(strategy), batch))
+        summary_rows.append(
+            SummaryRow(
+                strategy=str(strategy),
+                batch=str(batch),
+                peak_per_block=slopes["peak"],
+                saved_per_block=slopes["saved"],
+                peak="" if math.isnan(peak) else f"{peak / MIB:.1f}{_at(deepest['depth'])}",
+                time_ratio="" if ratio is None else f"{ratio:.2f}",
+                drift=_largest(rows, "drift_max_rel"),
+                angle=_largest(rows, "gradient_angle_deg"),
+            )
+        )
+    return summary_rows
+
+
+def _at(depth: float) -> str:
+    return "" if math.isnan(depth) else f" (depth {depth:.0f})"
+
+
+def _largest(rows: pd.DataFrame, metric: str) -> str:
+    value = rows[metric].max() if metric in rows else math.nan
+    return "" if math.isnan(value) else "0" if value == 0 else f"{value:.1e}"
+
+
+def _by_batch(pair: "_Pair") -> Iterator[tuple[int, float]]:
+    for batch, rows in pair.table.groupby("batch_size"):
+        yield batch, (rows["step_median_s"] / rows["step_median_s_stored"]).median()  # pyright: ignore[reportReturnType]
+
+
+class _Pair(NamedTuple):
     """The trials of one strategy beside the stored ones of the same cells (columns with the suffix _stored)."""
 
-    def __init__(self, model: str, name: str, table: pd.DataFrame) -> None:
-        self.model, self.name, self.table = model, name, table
+    model: str
+    strategy: str
+    table: pd.DataFrame
+
+    @property
+    def name(self) -> str:
+        return without_model(self.strategy)
 
 
 def _pairs(frame: pd.DataFrame, metric: str) -> list[_Pair]:
@@ -125,9 +190,9 @@ def _pairs(frame: pd.DataFrame, metric: str) -> list[_Pair]:
         base = stored.drop_duplicates(cell)[[*cell, metric]]
         table = rows.merge(base, on=cell, suffixes=("", "_stored"))
         if len(table):
-            pairs.append(_Pair(str(model), _without_model(str(strategy)), table))
+            pairs.append(_Pair(str(model), str(strategy), table))
     return pairs
 
 
-def _without_model(strategy: str) -> str:
+def without_model(strategy: str) -> str:
     return strategy.split(" · ", 1)[-1]

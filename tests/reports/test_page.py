@@ -1,0 +1,93 @@
+"""The page: it answers with numbers, hides nothing, loads nothing, and runs nothing that a record says."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from harness.record import Record, Status
+from reports.page import build_report
+from tests.reports.conftest import Make, trial
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def own_html(html: str) -> str:
+    """The page without plotly.js, which mentions many addresses that it never loads."""
+    start = html.index("<script>")
+    return html[:start] + html[html.index("</script>", start) :]
+
+
+def test_the_verdict_answers_with_numbers(make_run: Make, sweep: list[Record]) -> None:
+    html = build_report(make_run(sweep))
+    assert "Does memory grow?" in html
+    assert "All 24 trials have a record: ok 24." in html
+    assert "batch 32: the growth of the activation peak per block: 8.50 MiB with stored" in html
+    assert "0.125 MiB with reconstructed" in html
+    assert "The last is 1.5 % of the first." in html
+    assert "a step takes 1.35 times as long reconstructed as stored (median of 6 cells, 1.35 to 1.35)" in html
+    assert "the relative drift is 0: every rebuilt input equals the original bit for bit" in html
+    assert "and uncommitted changes" in html
+
+
+def test_a_partial_run_says_so_and_names_what_is_missing(make_run: Make, sweep: list[Record]) -> None:
+    html = build_report(make_run(sweep[:5], missing=3))
+    assert "Partial run: 5 of 8 trials have a record (ok 5); 3 are missing." in html
+    assert "f00000000002" in html
+
+
+@pytest.mark.parametrize("status", ["oom", "diverged", "unsupported", "timeout", "crashed", "failed"])
+def test_every_status_is_there_with_its_reason_and_log(make_run: Make, status: Status) -> None:
+    record = trial(7, status=status, reason=f"because of {status}")
+    html = build_report(make_run([trial(1), record]))
+    assert f"because of {status}" in html
+    assert f'href="logs/{record.id}.log"' in html
+    assert ("came to no result" in html) == (status in ("timeout", "crashed", "failed"))
+
+
+def test_what_was_not_measured_has_its_reason(make_run: Make) -> None:
+    html = build_report(make_run([trial(1)]))
+    assert 'title="nobody counted">n/a</td>' in html
+
+
+def test_text_of_a_record_or_a_study_is_only_text(make_run: Make) -> None:
+    evil = "<script>alert(1)</script>"
+    html = build_report(
+        make_run([trial(1, status="failed", reason=evil, model=evil)], study={"name": "x", "question": evil})
+    )
+    assert evil not in html
+    assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 3
+
+
+def test_the_page_loads_nothing(make_run: Make, sweep: list[Record]) -> None:
+    html = own_html(build_report(make_run(sweep)))
+    assert not re.search(r"""(src|href)\s*=\s*["']?\s*(https?:)?//""", html)
+    assert "@import" not in html
+    assert "url(" not in html
+
+
+@pytest.mark.parametrize("records", [[], [trial(1)], [trial(1, status="crashed", reason="x")], [trial(1, depth=None)]])
+def test_a_small_run_has_a_page_too(make_run: Make, records: list[Record]) -> None:
+    for study in ({"name": "small"}, None):
+        if records or study:
+            assert "All trials" in build_report(make_run(records, study=study))
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on this machine")
+def test_a_browser_draws_every_figure_without_an_error(make_run: Make, sweep: list[Record], tmp_path: Path) -> None:
+    store = make_run(sweep)
+    page = Path(store.write_report(build_report(store)))
+    assert BROWSER is not None
+    command = [
+        *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
+        *("--disable-component-update", "--disable-sync", "--disable-quic", f"--user-data-dir={tmp_path / 'profile'}"),
+        *("--enable-logging=stderr", "--v=0", "--virtual-time-budget=8000", "--dump-dom", page.resolve().as_uri()),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    for anchor in ("peak", "saved", "time", "drift"):
+        figure = done.stdout[done.stdout.index(f'id="figure-{anchor}"') :]
+        assert figure.index("main-svg") < 3000, f"{anchor} was not drawn"
+    assert "24 of 24 trials" in done.stdout
