@@ -95,7 +95,8 @@ def drift_sentences(frame: pd.DataFrame) -> list[str]:
         if not math.isnan(angle):
             sentence += f"; gradients are {'0' if angle == 0 else f'at most {angle:.1e}'} degrees from the stored ones"
         if not math.isnan(floor):
-            sentence += f", which are themselves up to {floor:.1e} degrees from float64"
+            grid = ", rounding to the grid included" if reconstruction == "exact" else ""
+            sentence += f", which are themselves up to {floor:.1e} degrees from float64{grid}"
         sentences.append(sentence + ".")
     return sentences
 
