@@ -1,15 +1,16 @@
 """Inverse error per block and gradient parity, returned as numbers; thresholds are the caller's."""
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from revnet_core.backprop import ChainRun, Streams, split
+from revnet_core.chain import ChainRun, Streams, borrowed, halves
 from revnet_core.networks.base import Network
 from revnet_core.precision import Precision
 from revnet_core.sequence import ReversibleSequence
@@ -26,12 +27,19 @@ class BlockDrift:
     max_abs  largest absolute error
     max_ulp  the same in units in the last place, in the streams' dtype, at the streams' root mean square (at each
              element's own magnitude a zero would make every error infinite)
+
+    Where a float64 reference was asked for (None otherwise), relative L2 errors against the input that the block sees
+    when the same weights run in float64 throughout, unrounded:
+    reference_rel           of the rebuilt input
+    forward_reference_rel   of the input that the forward saw: the floor, since it is itself off
     """
 
     block: int
     rel: float
     max_abs: float
     max_ulp: float
+    reference_rel: float | None = None
+    forward_reference_rel: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,37 +62,87 @@ class GradientParity:
     stored_reference_angle_deg: float | None
 
 
-def audit_inverse(sequence: ReversibleSequence, x: Tensor, **side: Any) -> list[BlockDrift]:
-    """Drift of each coupling, first to last, when the whole sequence is rebuilt from its output.
+def audit_inverse(
+    sequence: ReversibleSequence, x: Tensor | Streams, *, reference: bool = False, **side: Any
+) -> list[BlockDrift]:
+    """Drift of each block, first to last, when the whole sequence is rebuilt from its output.
 
-    x: the sequence's input. Runs the backward's own arithmetic, in the module's training mode; statistics,
-    parameters and the random sequence end as they were.
+    x          the sequence's input: a tensor, or a pair of streams where its split_dim is None
+    reference  also against float64; not for a network that draws at random, whose draws differ between dtypes
+
+    Runs the backward's own arithmetic, in the module's training mode; statistics, parameters and the random
+    sequence end as they were.
     """
-    precision = sequence.precision
     originals: dict[int, Streams] = {}
+    wide: dict[int, Streams] = {}
     drifts: list[BlockDrift] = []
     audited = copy.deepcopy(sequence)
-    with torch.no_grad(), torch.random.fork_rng(_cuda_devices(x)), precision.autocast(x.device.type):
-        run = ChainRun(list(audited.couplings), precision, side)  # pyright: ignore[reportArgumentType]
-        streams = run.forward(
-            *split(precision.enter(x), sequence.split_dim),
-            observe=lambda block, s: originals.update({block: (s[0].clone(), s[1].clone())}),
-        )
-        run.rebuild(*streams, observe=lambda block, s: drifts.append(_drift(block, originals.pop(block), s)))
+    if reference:
+        twin = _twin(sequence, activations="stored", precision=Precision(reconstruction="fp64")).double()
+        wide_x, wide_side = _map(x, Tensor.double), {name: _map(value, _widened) for name, value in side.items()}
+        with torch.autocast(_device_of(x).type, enabled=False):
+            _observed_forward(twin, wide_x, wide_side, wide)  # pyright: ignore[reportArgumentType]
+    run, streams = _observed_forward(audited, x, side, originals)
+
+    def compare(block: int, rebuilt: Streams) -> None:
+        original = originals.pop(block)
+        drift = _drift(block, original, rebuilt)
+        if reference:
+            true = torch.stack(wide.pop(block))
+            errors = [_relative(torch.stack(streams).double(), true) for streams in (rebuilt, original)]
+            drift = replace(drift, reference_rel=errors[0], forward_reference_rel=errors[1])
+        drifts.append(drift)
+
+    with _undisturbed(sequence.precision, x):
+        run.rebuild(borrowed(streams), observe=compare)
     return drifts[::-1]
 
 
-def audit_model_inverse(model: nn.Module, x: Tensor) -> list[BlockDrift]:
+@contextlib.contextmanager
+def _undisturbed(precision: Precision, x: Tensor | Streams) -> Iterator[None]:
+    devices = _cuda_devices(x)
+    with torch.no_grad(), torch.random.fork_rng(devices), precision.autocast(_device_of(x).type):
+        yield
+
+
+def _observed_forward(
+    sequence: ReversibleSequence, x: Tensor | Streams, side: dict[str, Any], inputs: dict[int, Streams]
+) -> tuple[ChainRun, Streams]:
+    """Run the sequence as its backward will find it; `inputs` gets a copy of each block's input streams."""
+    precision = sequence.precision
+    with _undisturbed(precision, x):
+        run = ChainRun(list(sequence.couplings), precision, side)  # pyright: ignore[reportArgumentType]
+        given = tuple(precision.enter(t) for t in (x if isinstance(x, tuple) else (x,)))
+        buffers = borrowed(given) if len(given) == 2 else halves(given[0], sequence.split_dim or 0)
+        streams = run.forward(buffers, observe=lambda block, s: inputs.update({block: (s[0].clone(), s[1].clone())}))
+    return run, streams
+
+
+def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_map(part, function) for part in value)
+    return function(value) if isinstance(value, Tensor) else value
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _device_of(x: Tensor | Streams) -> torch.device:
+    return (x[0] if isinstance(x, tuple) else x).device
+
+
+def audit_model_inverse(model: nn.Module, x: Tensor, *, reference: bool = False) -> list[BlockDrift]:
     """`audit_inverse` of every outermost ReversibleSequence on the input that it gets when the model sees x.
 
     Blocks are numbered through the model. Empty for a model without reversible blocks.
     """
     model = copy.deepcopy(model)
-    inputs: dict[ReversibleSequence, tuple[Tensor, dict[str, Any]]] = {}
+    inputs: dict[ReversibleSequence, tuple[Any, dict[str, Any]]] = {}
 
-    def note(sequence: nn.Module, args: tuple[Tensor], side: dict[str, Any]) -> None:
+    def note(sequence: nn.Module, args: tuple[Any], side: dict[str, Any]) -> None:
         assert isinstance(sequence, ReversibleSequence)
-        inputs[sequence] = args[0].clone(), side
+        inputs[sequence] = _map(args[0], Tensor.clone), side
 
     with torch.no_grad(), torch.random.fork_rng(_cuda_devices(x)):
         sequences = list(outermost_sequences(model))
@@ -92,8 +150,13 @@ def audit_model_inverse(model: nn.Module, x: Tensor) -> list[BlockDrift]:
         model(x)
         for hook in hooks:
             hook.remove()
-    drifts = [drift for s in sequences if s in inputs for drift in audit_inverse(s, inputs[s][0], **inputs[s][1])]
-    return [BlockDrift(block, d.rel, d.max_abs, d.max_ulp) for block, d in enumerate(drifts)]
+    drifts = [
+        drift
+        for sequence in sequences
+        if sequence in inputs
+        for drift in audit_inverse(sequence, inputs[sequence][0], reference=reference, **inputs[sequence][1])
+    ]
+    return [replace(drift, block=block) for block, drift in enumerate(drifts)]
 
 
 def audit_gradients(model: nn.Module, loss: Loss, batch: Batch) -> GradientParity:
@@ -154,8 +217,9 @@ def _draws(model: nn.Module, x: Tensor) -> bool:
     return not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def _cuda_devices(x: Tensor) -> list[int]:
-    return [x.device.index or 0] if x.device.type == "cuda" else []
+def _cuda_devices(x: Tensor | Streams) -> list[int]:
+    device = _device_of(x)
+    return [device.index or 0] if device.type == "cuda" else []
 
 
 def _drift(block: int, original: Streams, rebuilt: Streams) -> BlockDrift:

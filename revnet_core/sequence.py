@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from revnet_core.backprop import ChainRun, backpropagate, split
-from revnet_core.coupling import AdditiveCoupling
+from revnet_core.backprop import backpropagate
+from revnet_core.chain import Block, ChainRun, Streams
 from revnet_core.errors import ShapeError, UnsupportedError, located
+from revnet_core.exactness import Verdict
 from revnet_core.precision import Precision
 from revnet_core.replay import Replay
 
@@ -18,13 +19,15 @@ ACTIVATIONS = ("stored", "checkpointed", "reconstructed")
 
 
 class ReversibleSequence(nn.Module):
-    """Couplings one after another on the two halves of a tensor.
+    """Couplings (and SpaceToDepth) one after another on the two halves of a tensor, or on two tensors.
 
     activations   "stored": autograd keeps everything; "checkpointed": `torch.utils.checkpoint` per coupling,
                   which keeps each coupling's input; "reconstructed": only the sequence's output is kept and
                   the backward rebuilds the rest. May be changed at any time; state_dict keys do not depend
                   on it.
-    split_dim     the dimension that holds the two streams, of even size (channels: 1; features: -1).
+    split_dim     the dimension that holds the two streams, of even size (channels: 1; features: -1). None: the
+                  sequence takes and returns the two streams, as a pair; sequences that follow each other then
+                  pass them on without joining and splitting.
     precision     see `Precision`; `stored` and `checkpointed` compute with the same arithmetic, so that with
                   reconstruction="exact" all three give bit-identical gradients.
 
@@ -33,14 +36,17 @@ class ReversibleSequence(nn.Module):
     needs "stored" or "checkpointed". An F or G that keeps its own input (not by a hook) must clone it: "reconstructed"
     overwrites the streams.
 
+    An exact reconstruction that was not exact raises ReconstructionError: on the CPU in the backward; on other
+    devices, which would have to be waited for, in `raise_if_inexact` or in a later forward.
+
     Source: Gomez et al. 2017, arXiv:1707.04585, algorithm 1.
     """
 
     def __init__(
         self,
-        couplings: Iterable[AdditiveCoupling],
+        couplings: Iterable[Block],
         *,
-        split_dim: int = 1,
+        split_dim: int | None = 1,
         activations: str = "reconstructed",
         precision: Precision = Precision(),  # noqa: B008 - immutable
     ) -> None:
@@ -49,6 +55,7 @@ class ReversibleSequence(nn.Module):
         self.split_dim = split_dim
         self.activations = activations
         self.precision = precision
+        self._unread: list[Verdict] = []
 
     @property
     def activations(self) -> str:
@@ -60,59 +67,111 @@ class ReversibleSequence(nn.Module):
             raise UnsupportedError(f"activations = {value!r}; allowed: {', '.join(ACTIVATIONS)}.")
         self._activations = value
 
-    def forward(self, x: Tensor, **side: Any) -> Tensor:
-        """Map x to y of the same shape, in the streams' dtype; `side` goes to every F and G by keyword.
+    @overload
+    def forward(self, x: Tensor, **side: Any) -> Tensor: ...
+    @overload
+    def forward(self, x: Streams, **side: Any) -> Streams: ...
+    def forward(self, x: Tensor | Streams, **side: Any) -> Tensor | Streams:
+        """Map x to y, in the streams' dtype and of the same shape (but for SpaceToDepth); `side` goes to every F and
+        G by keyword.
 
-        Tensors among the side inputs get gradients. Raises ShapeError when split_dim is odd or F or G changes
-        the shape, PrecisionError when float64 would be narrowed.
+        x and y are one tensor, or pairs of streams of equal shape where split_dim is None. Tensors among the side
+        inputs get gradients. Raises ShapeError when split_dim is odd or F or G changes the shape, PrecisionError when
+        float64 would be narrowed, ReconstructionError for an earlier backward on a device other than the CPU.
         """
-        self._check(x)
-        with self.precision.autocast(x.device.type):
-            x = self.precision.enter(x)
-            saving = torch.is_grad_enabled() and self._needs_gradients(x, side)
-            if self._activations == "reconstructed" and saving:
-                return backpropagate(ChainRun(self._chain(), self.precision, side), x, self.split_dim)
-            run = replayed_checkpoint if self._activations == "checkpointed" and saving else _run
-            s1, s2 = split(x, self.split_dim)
-            for index, coupling in enumerate(self._chain()):
+        inputs = self._check(x)
+        self._read_verdicts(wait=False)
+        device = inputs[0].device
+        with self.precision.autocast(device.type):
+            inputs = tuple(self.precision.enter(tensor) for tensor in inputs)
+            saving = torch.is_grad_enabled() and self._needs_gradients(inputs, side)
+            if saving and self._activations == "reconstructed" and len(self.couplings):
+                run = ChainRun(self._chain(), self.precision, side)
+                outputs = backpropagate(
+                    run, inputs, split_dim=self.split_dim or 0, join=len(inputs) == 1, judge=self._judge
+                )
+                return outputs if self.split_dim is None else outputs[0]  # pyright: ignore[reportReturnType]
+            call = replayed_checkpoint if self._activations == "checkpointed" and saving else _run
+            s1, s2 = self._split(inputs)
+            for index, block in enumerate(self._chain()):
                 with located(f"couplings[{index}]."):
-                    s1, s2 = run(coupling, s1, s2, precision=self.precision, **side)
-            return torch.cat((s1, s2), dim=self.split_dim)
+                    s1, s2 = call(block, s1, s2, precision=self.precision, **side)
+            return self._join(s1, s2)
 
-    def inverse(self, y: Tensor, **side: Any) -> Tensor:
-        """Rebuild the input of `forward` from its output; shape and dtype as the output's.
+    @overload
+    def inverse(self, y: Tensor, **side: Any) -> Tensor: ...
+    @overload
+    def inverse(self, y: Streams, **side: Any) -> Streams: ...
+    def inverse(self, y: Tensor | Streams, **side: Any) -> Tensor | Streams:
+        """Rebuild the input of `forward` from its output; shapes and dtypes as there.
 
         Buffers are left as they are. What the forward drew at random cannot be known here: in
         training mode with dropout use `audit_inverse`, which replays it.
         Source: Gomez et al. 2017, arXiv:1707.04585, eq. 8.
         """
-        self._check(y)
-        with self.precision.autocast(y.device.type), Replay(self, y.device).replaying():
-            s1, s2 = split(y, self.split_dim)
-            for index, coupling in reversed(list(enumerate(self._chain()))):
+        s1, s2 = self._split(self._check(y))
+        with self.precision.autocast(s1.device.type), Replay(self, s1.device).replaying():
+            for index, block in reversed(list(enumerate(self._chain()))):
                 with located(f"couplings[{index}]."):
-                    s1, s2 = coupling.inverse(s1, s2, precision=self.precision, **side)
-            return torch.cat((s1, s2), dim=self.split_dim)
+                    s1, s2 = block.inverse(s1, s2, precision=self.precision, **side)
+            return self._join(s1, s2)
+
+    def raise_if_inexact(self) -> None:
+        """Wait for the device and raise ReconstructionError if an exact reconstruction since the last call was not
+        exact. Where the loss is read anyway, this costs nothing more. On the CPU the backward has raised it already."""
+        self._read_verdicts(wait=True)
 
     def extra_repr(self) -> str:
         return f"activations={self._activations!r}, split_dim={self.split_dim}, precision={self.precision}"
 
-    def _chain(self) -> list[AdditiveCoupling]:
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_unread": []}
+
+    def _chain(self) -> list[Block]:
         return list(self.couplings)  # pyright: ignore[reportReturnType]
 
-    def _needs_gradients(self, x: Tensor, side: dict[str, Any]) -> bool:
+    def _judge(self, verdict: Verdict) -> None:
+        self._unread.append(verdict)
+        self._read_verdicts(wait=verdict.on_host)
+
+    def _read_verdicts(self, *, wait: bool) -> None:
+        while self._unread and (wait or self._unread[0].is_ready()):
+            self._unread.pop(0).raise_if_failed()
+
+    def _needs_gradients(self, inputs: tuple[Tensor, ...], side: dict[str, Any]) -> bool:
         """Otherwise autograd keeps nothing anyway, but for a tensor that F or G holds unknown to us: its gradient
         is then right."""
-        inputs = [x, *(value for value in side.values() if isinstance(value, Tensor))]
-        return any(t.requires_grad for t in inputs) or any(p.requires_grad for p in self.parameters())
+        tensors = [*inputs, *(value for value in side.values() if isinstance(value, Tensor))]
+        return any(t.requires_grad for t in tensors) or any(p.requires_grad for p in self.parameters())
 
-    def _check(self, x: Tensor) -> None:
+    def _split(self, inputs: tuple[Tensor, ...]) -> Streams:
+        if self.split_dim is None:
+            return inputs  # pyright: ignore[reportReturnType]
+        first, second = inputs[0].chunk(2, self.split_dim)
+        # Dense, as the streams of a rebuilt chain are, so that the same kernels see the same layout.
+        return first.clone(), second.clone()
+
+    def _join(self, s1: Tensor, s2: Tensor) -> Tensor | Streams:
+        return (s1, s2) if self.split_dim is None else torch.cat((s1, s2), dim=self.split_dim)
+
+    def _check(self, x: Tensor | Streams) -> tuple[Tensor, ...]:
+        if self.split_dim is None:
+            if not isinstance(x, tuple) or len(x) != 2 or x[0].shape != x[1].shape:
+                what = f"shapes {[tuple(t.shape) for t in x]}" if isinstance(x, tuple) else type(x).__name__
+                raise ShapeError(
+                    f"with split_dim=None the input is a pair (x1, x2) of tensors of one shape; this is {what}. "
+                    "Give the pair, or set split_dim to the dimension that holds both streams."
+                )
+            return x
+        if isinstance(x, tuple):
+            raise ShapeError("the input is a tuple; set split_dim=None for a sequence that takes the two streams.")
         size = x.shape[self.split_dim]
         if size % 2:
             raise ShapeError(
                 f"dimension {self.split_dim} of the input {tuple(x.shape)} has odd size {size}; two equal streams need "
                 "an even one. Widen the layer in front by one, or choose another split_dim."
             )
+        return (x,)
 
 
 def _run(module: nn.Module, *inputs: Tensor, **kwargs: Any) -> Any:

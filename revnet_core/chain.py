@@ -1,0 +1,189 @@
+"""One run through a chain of blocks and back: from one evaluation of F and one of G per coupling, both the rebuilt
+input and the gradients.
+
+Legend: s1, s2 the two streams; d1, d2 the gradients of the loss by them.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revnet_core.coupling import AdditiveCoupling, NetName
+from revnet_core.downsampling import SpaceToDepth
+from revnet_core.errors import located
+from revnet_core.exactness import GridWatch, Verdict
+from revnet_core.gradients import Gradients, root_of
+from revnet_core.precision import Precision
+from revnet_core.replay import AutocastState, Replay
+
+Block = AdditiveCoupling | SpaceToDepth
+Streams = tuple[Tensor, Tensor]
+# Called with the index of a block and its input streams, before the forward and after the rebuild of it.
+Observer = Callable[[int, Streams], None]
+# Called with the index of a block and an evaluation of one of its nets to be made in its place.
+Evaluator = Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor]
+
+
+class Buffer:
+    """One stream, or its gradient. Written in place once it is the chain's own; a tensor that the caller may hold is
+    first replaced."""
+
+    def __init__(self, value: Tensor, *, own: bool) -> None:
+        self.value = value
+        self._own = own
+
+    def add(self, other: Tensor, sign: int = 1) -> None:
+        if self._own:
+            self.value.add_(other, alpha=sign)
+        else:
+            self.replace(torch.add(self.value, other.to(self.value.dtype), alpha=sign))
+
+    def replace(self, value: Tensor) -> None:
+        self.value, self._own = value, True
+
+
+Buffers = tuple[Buffer, Buffer]
+
+
+def halves(x: Tensor, dim: int) -> Buffers:
+    """The two streams of a joined tensor, each a dense copy, so that a rebuilt stream has the strides of the original
+    and the same kernels see the same layout twice."""
+    first, second = x.chunk(2, dim)
+    return Buffer(first.clone(), own=True), Buffer(second.clone(), own=True)
+
+
+def borrowed(streams: Streams) -> Buffers:
+    return Buffer(streams[0], own=False), Buffer(streams[1], own=False)
+
+
+class ChainRun:
+    """One forward through a chain of blocks, and what is needed to walk back."""
+
+    def __init__(self, blocks: Sequence[Block], precision: Precision, side: dict[str, Any]) -> None:
+        self.blocks = blocks
+        self.precision = precision
+        self.side = dict(side)
+        self._replays: list[dict[NetName, Replay]] = []
+        self._autocast: AutocastState | None = None
+        self._watch: GridWatch | None = None
+
+    def forward(
+        self, streams: Buffers, *, observe: Observer | None = None, evaluate: Evaluator | None = None
+    ) -> Streams:
+        """The chain's output. Call without grad.
+
+        evaluate: makes the evaluations of F and G, in place of a plain call.
+        """
+        s1, s2 = streams
+        self._autocast = AutocastState.of(s1.value.device)
+        if self.precision.exact:
+            self._watch = GridWatch(self.precision, s1.value, s2.value, len(self.blocks))
+        with self._autocast.restored():
+            for index, block in enumerate(self.blocks):
+                if observe:
+                    observe(index, (s1.value, s2.value))
+                if isinstance(block, SpaceToDepth):
+                    self._replays.append({})
+                    with located(f"couplings[{index}]: "):
+                        y1, y2 = block(s1.value, s2.value)
+                    s1.replace(y1)
+                    s2.replace(y2)
+                    continue
+                self._replays.append({name: Replay(getattr(block, name), s1.value.device) for name in ("f", "g")})
+                self._forward_half(index, block, "f", s2, s1, evaluate)
+                self._forward_half(index, block, "g", s1, s2, evaluate)
+        return s1.value, s2.value
+
+    def rebuild(self, streams: Buffers, observe: Observer | None = None) -> Streams:
+        """The chain's input from its output, by the arithmetic of the backward but without gradients."""
+        s1, s2 = streams
+        with torch.no_grad():
+            for index, block in reversed(list(enumerate(self.blocks))):
+                if isinstance(block, SpaceToDepth):
+                    _restore(block, s1, s2)
+                else:
+                    for name, source, target in (("g", s1, s2), ("f", s2, s1)):
+                        out = self._replayed(index, block, name, source.value)
+                        target.add(self.precision.residual(out), -1)
+                if observe:
+                    observe(index, (s1.value, s2.value))
+        return s1.value, s2.value
+
+    def backward(self, streams: Buffers, derivatives: Buffers, gradients: Gradients) -> Verdict | None:
+        """Turn the chain's output into its input, and the gradients by the one into those by the other; those by
+        parameters and side inputs go to `gradients`. Returns the verdict on an exact reconstruction."""
+        (s1, s2), (d1, d2) = streams, derivatives
+        for index, block in reversed(list(enumerate(self.blocks))):
+            if isinstance(block, SpaceToDepth):
+                _restore(block, s1, s2)
+                _restore(block, d1, d2)
+                continue
+            self._backward_half(index, block, "g", s1, s2, d1, d2, gradients)
+            self._backward_half(index, block, "f", s2, s1, d2, d1, gradients)
+        return None if self._watch is None else self._watch.verdict(s1.value, s2.value)
+
+    def with_side(self, tensors: dict[str, Tensor]) -> "ChainRun":
+        """The same run with these side tensors in place of the forward's."""
+        run = copy.copy(self)
+        run.side = self.side | tensors
+        return run
+
+    def _forward_half(
+        self,
+        index: int,
+        block: AdditiveCoupling,
+        name: NetName,
+        source: Buffer,
+        target: Buffer,
+        evaluate: Evaluator | None,
+    ) -> None:
+        replay = self._replays[index][name]
+
+        def call(stream: Tensor) -> Tensor:
+            return block.evaluate(name, stream, self.side, own_copy=replay.observed)
+
+        with located(f"couplings[{index}].{name}: "), replay.recording():
+            out = evaluate(index, call, source.value) if evaluate else call(source.value)
+        target.add(self.precision.residual(out))
+        if self._watch:
+            self._watch.note(index, target.value)
+
+    def _backward_half(
+        self,
+        index: int,
+        block: AdditiveCoupling,
+        name: NetName,
+        source: Buffer,
+        target: Buffer,
+        d_source: Buffer,
+        d_target: Buffer,
+        gradients: Gradients,
+    ) -> None:
+        leaf = source.value.detach().requires_grad_()
+        with torch.enable_grad():
+            out = self._replayed(index, block, name, leaf)
+        with torch.no_grad():
+            target.add(self.precision.residual(out.detach()), -1)
+        root, dtype = root_of(out), out.dtype
+        del out
+        if root is None:
+            return
+        d_out = d_target.value.to(dtype, copy=self._replays[index][name].observed)
+        with located(f"couplings[{index}].{name}: "):
+            d_leaf = gradients.collect(getattr(block, name), leaf, root, d_out)
+        if d_leaf is not None:
+            d_source.add(d_leaf)
+
+    def _replayed(self, index: int, block: AdditiveCoupling, name: NetName, source: Tensor) -> Tensor:
+        assert self._autocast is not None
+        replay = self._replays[index][name]
+        with located(f"couplings[{index}].{name}: "), replay.replaying(), self._autocast.restored():
+            return block.evaluate(name, source, self.side, own_copy=replay.observed)
+
+
+def _restore(block: SpaceToDepth, first: Buffer, second: Buffer) -> None:
+    first.replace(block.restore(first.value))
+    second.replace(block.restore(second.value))

@@ -1,0 +1,74 @@
+"""Whether an exact reconstruction was exact: noticed on the device, read by the host when it asks."""
+
+import torch
+from torch import Tensor
+
+from revnet_core.errors import ReconstructionError
+from revnet_core.precision import Precision
+
+
+class Verdict:
+    """What the device found out about one backward; nothing is copied to the host until `raise_if_failed`."""
+
+    def __init__(self, failed: Tensor, peaks_B: Tensor, precision: Precision) -> None:
+        self._failed = failed
+        self._peaks_B = peaks_B
+        self._precision = precision
+        self._event = torch.cuda.Event() if failed.device.type == "cuda" else None
+        if self._event is not None:
+            self._event.record()
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the device is the host itself, which never waits."""
+        return self._failed.device.type == "cpu"
+
+    def is_ready(self) -> bool:
+        """Whether reading it waits for nothing."""
+        return self._event is None or self._event.query()
+
+    def raise_if_failed(self) -> None:
+        """Raises ReconstructionError, which names the first block that left the range."""
+        if not self._failed.item():
+            return
+        limit = self._precision.grid_limit
+        outside = (~(self._peaks_B <= limit)).nonzero().flatten().tolist()
+        cause = (
+            f"couplings[{outside[0]}]: a stream left the grid's range of {limit:g} (it reached "
+            f"{self._peaks_B[outside[0]].item():.3g})"
+            if outside
+            else f"no stream left the grid's range of {limit:g}, so a residual left its own of {limit / 4:g}, or F or G "
+            "is not deterministic"
+        )
+        raise ReconstructionError(
+            f"exact reconstruction did not give back the input of {len(self._peaks_B)} couplings bit for bit. {cause}. "
+            f"Lower grid_bits (now {self._precision.grid_bits}; each step doubles the range), normalize the residuals, "
+            "or use torch.use_deterministic_algorithms(True)."
+        )
+
+
+class GridWatch:
+    """Follows one run through a chain: a checksum of what went in, and how far each block's streams reached.
+
+    The checksum tells, at a cost that does not grow with depth, whether the rebuilt input equals the original; the
+    peaks tell where it began.
+    """
+
+    def __init__(self, precision: Precision, s1: Tensor, s2: Tensor, blocks: int) -> None:
+        self._precision = precision
+        self._before = _checksum(s1, s2)
+        self._peaks_B = torch.zeros(blocks, device=s1.device, dtype=s1.dtype)
+
+    def note(self, block: int, stream: Tensor) -> None:
+        # No temporary of the stream's size, as abs() would make.
+        peak = torch.linalg.vector_norm(stream, float("inf"))
+        self._peaks_B[block] = torch.maximum(self._peaks_B[block], peak)
+
+    def verdict(self, s1: Tensor, s2: Tensor) -> Verdict:
+        return Verdict((self._before != _checksum(s1, s2)).any(), self._peaks_B, self._precision)
+
+
+def _checksum(s1: Tensor, s2: Tensor) -> Tensor:
+    """A sum over the bits of both streams, in whatever order they lie."""
+    bits = torch.int64 if s1.dtype == torch.float64 else torch.int32
+    return torch.stack([s.view(bits).sum(dtype=torch.int64) for s in (s1, s2)])

@@ -1,0 +1,86 @@
+"""Gradients by the parameters of F and G and by the side inputs, summed over a chain."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from revnet_core.errors import OutsideTensorError
+
+
+class Gradients:
+    """The sums so far.
+
+    With `engine_owned` the parameters belong to an engine that partitions them (ZeRO-3): its own hooks must see
+    each gradient arrive, so backward runs inside and accumulates in .grad, and nothing is returned.
+    """
+
+    def __init__(self, side: Iterable[Tensor], engine_owned: bool) -> None:
+        self.side = [tensor for tensor in side if tensor.requires_grad]
+        self.engine_owned = engine_owned
+        self._sums: dict[Tensor, Tensor] = {}
+
+    def of(self, tensor: Tensor) -> Tensor | None:
+        return self._sums.get(tensor)
+
+    def collect(self, net: nn.Module, leaf: Tensor, root: "Tensor | GradientEdge", d_out: Tensor) -> Tensor | None:
+        """Add the gradients of one evaluation of `net`, whose output is `root`; returns the one by `leaf`."""
+        if self.engine_owned:
+            torch.autograd.backward(root, d_out)
+            return leaf.grad
+        parameters = [p for p in net.parameters() if p.requires_grad]
+        _refuse_outside_tensors(net, root, {leaf, *parameters, *self.side})
+        with _without_hooks(parameters):
+            d_leaf, *rest = torch.autograd.grad(root, [leaf, *parameters, *self.side], d_out, allow_unused=True)
+        for tensor, gradient in zip([*parameters, *self.side], rest, strict=True):
+            if gradient is None:
+                continue
+            if tensor in self._sums:
+                self._sums[tensor] = self._sums[tensor] + gradient
+            else:
+                # A gradient may be d_out itself (of a bias of full shape), which is overwritten next.
+                shares = gradient.untyped_storage().data_ptr() == d_out.untyped_storage().data_ptr()
+                self._sums[tensor] = gradient.clone() if shares else gradient
+        return d_leaf
+
+
+def root_of(out: Tensor) -> "Tensor | GradientEdge | None":
+    """Where the graph of `out` begins, without its values, so that these can be freed; None where there is no graph."""
+    if not out.requires_grad:
+        return None
+    return out if out.is_leaf else get_gradient_edge(out)
+
+
+@contextlib.contextmanager
+def _without_hooks(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """The parameters' own hooks see the sum over the chain, when the chain returns it, and not each share of it."""
+    hooked = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
+    for parameter, _ in hooked:
+        parameter._backward_hooks = None
+    try:
+        yield
+    finally:
+        for parameter, hooks in hooked:
+            parameter._backward_hooks = hooks
+
+
+def _refuse_outside_tensors(net: nn.Module, root: "Tensor | GradientEdge", known: Iterable[Tensor]) -> None:
+    """Raise OutsideTensorError when the graph ends in a tensor whose gradient nobody would get."""
+    known_ids = {id(tensor) for tensor in known}
+    first = root.grad_fn if isinstance(root, Tensor) else root.node
+    todo: list[Node | None] = [first]
+    seen: set[Node | None] = {None, first}
+    while todo:
+        node = todo.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in known_ids:
+            raise OutsideTensorError(
+                f"{type(net).__name__} uses a tensor of shape {tuple(variable.shape)} that needs a gradient and is "
+                "neither its parameter nor an input. Register it as a parameter of the module, pass it as a side input "
+                "(sequence(x, name=tensor)), or detach it."
+            )
+        children = {child for child, _ in getattr(node, "next_functions", ())} - seen
+        seen |= children
+        todo.extend(children)
