@@ -5,6 +5,7 @@ from revnet_core.audit import GradientParity as GradientParity
 from revnet_core.audit import audit_gradients as audit_gradients
 from revnet_core.audit import audit_inverse as audit_inverse
 from revnet_core.audit import audit_model_inverse as audit_model_inverse
+from revnet_core.budget import Budgeted as Budgeted
 from revnet_core.coupling import AdditiveCoupling as AdditiveCoupling
 from revnet_core.downsampling import SpaceToDepth as SpaceToDepth
 from revnet_core.errors import ChangedStateError as ChangedStateError

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revnet_core.chain import ChainRun, Streams, borrowed, halves
+from revnet_core.chain import ChainRun, Streams, buffers
 from revnet_core.networks.base import Network
 from revnet_core.precision import Precision
 from revnet_core.sequence import ReversibleSequence
@@ -94,7 +94,7 @@ def audit_inverse(
         drifts.append(drift)
 
     with _undisturbed(sequence.precision, x):
-        run.rebuild(borrowed(streams), observe=compare)
+        run.rebuild(buffers(list(streams), 0), observe=compare)
     return drifts[::-1]
 
 
@@ -112,9 +112,11 @@ def _observed_forward(
     precision = sequence.precision
     with _undisturbed(precision, x):
         run = ChainRun(list(sequence.couplings), precision, side)  # pyright: ignore[reportArgumentType]
-        given = tuple(precision.enter(t) for t in (x if isinstance(x, tuple) else (x,)))
-        buffers = borrowed(given) if len(given) == 2 else halves(given[0], sequence.split_dim or 0)
-        streams = run.forward(buffers, observe=lambda block, s: inputs.update({block: (s[0].clone(), s[1].clone())}))
+        given = [precision.enter(t) for t in (x if isinstance(x, tuple) else (x,))]
+        streams = run.forward(
+            buffers(given, sequence.split_dim or 0),
+            observe=lambda block, s: inputs.update({block: (s[0].clone(), s[1].clone())}),
+        )
     return run, streams
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from revnet_core.chain import Buffers, ChainRun, Evaluator, borrowed, halves
+from revnet_core.chain import ChainRun, Derivative, Evaluator, buffers, derivatives
 from revnet_core.errors import DoubleBackwardError
 from revnet_core.exactness import Verdict
 from revnet_core.gradients import Gradients
@@ -56,11 +56,6 @@ class _Call(NamedTuple):
     judge: Callable[[Verdict], None]
     evaluate: Evaluator | None
 
-    def buffers(self, tensors: list[Tensor]) -> Buffers:
-        """Takes the tensors out of the list, so that they are freed as soon as the buffers no longer need them."""
-        first = tensors.pop(0)
-        return borrowed((first, tensors.pop(0))) if tensors else halves(first, self.split_dim)
-
 
 class _Chain(torch.autograd.Function):
     # The gradients come in a list that the backward empties: they would live until its end otherwise.
@@ -69,10 +64,11 @@ class _Chain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> Any:
         given, side = list(tensors[: call.inputs]), tensors[call.inputs + 1 :][: len(call.side_names)]
-        outputs = call.run.forward(call.buffers(given), evaluate=call.evaluate)
+        outputs = call.run.forward(buffers(given, call.split_dim), evaluate=call.evaluate)
         if call.join:
             outputs = (torch.cat(outputs, dim=call.split_dim),)
         ctx.call = call
+        ctx.set_materialize_grads(False)
         # Also for autograd's check that nobody changed them before the backward.
         ctx.save_for_backward(*outputs, *side)
         for name in call.side_names:
@@ -87,9 +83,9 @@ class _Chain(torch.autograd.Function):
                 "Set activations='stored' or 'checkpointed' for this sequence."
             )
         call: _Call = ctx.call
-        grads: list[Tensor] = grad_outputs[0] if isinstance(grad_outputs[0], list) else list(grad_outputs)
+        grads: list[Tensor | None] = grad_outputs[0] if isinstance(grad_outputs[0], list) else list(grad_outputs)
         saved = list(ctx.saved_tensors)
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        if not torch._C._autograd._get_current_graph_task_keep_graph():  # pyright: ignore[reportAttributeAccessIssue]
             ctx.maybe_clear_saved_tensors()
         outputs, saved_side = saved[: len(grads)], saved[len(grads) :]
         del saved
@@ -101,12 +97,19 @@ class _Chain(torch.autograd.Function):
             )
         }
         gradients = Gradients(side.values(), call.engine_owned)
-        derivatives = call.buffers(grads)
-        verdict = call.run.with_side(side).backward(call.buffers(outputs), derivatives, gradients)
+        d1, d2 = derivatives(grads, call.split_dim)
+        verdict = call.run.with_side(side).backward(buffers(outputs, call.split_dim), (d1, d2), gradients)
         if verdict is not None:
             call.judge(verdict)
-        by_inputs: tuple[Tensor | None, ...] = tuple(buffer.value for buffer in derivatives)
+        by_inputs: tuple[Tensor | None, ...] = d1.value, d2.value
         if call.inputs == 1:
-            by_inputs = (torch.cat([b.value for b in derivatives], dim=call.split_dim),) if needs_inputs[0] else (None,)
+            by_inputs = (_joined(d1, d2, call.split_dim) if needs_inputs[0] else None,)
         by_side = [s.grad if call.engine_owned else gradients.of(s) for s in side.values()]
         return None, *by_inputs, None, *by_side, *(gradients.of(p) for p in call.parameters)
+
+
+def _joined(d1: Derivative, d2: Derivative, dim: int) -> Tensor | None:
+    known = d1.value if d1.value is not None else d2.value
+    if known is None:
+        return None
+    return torch.cat([torch.zeros_like(known) if d.value is None else d.value for d in (d1, d2)], dim=dim)

@@ -28,8 +28,7 @@ Evaluator = Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor]
 
 
 class Buffer:
-    """One stream, or its gradient. Written in place once it is the chain's own; a tensor that the caller may hold is
-    first replaced."""
+    """One stream. Written in place once it is the chain's own; a tensor that the caller may hold is first replaced."""
 
     def __init__(self, value: Tensor, *, own: bool) -> None:
         self.value = value
@@ -45,18 +44,55 @@ class Buffer:
         self.value, self._own = value, True
 
 
+class Derivative:
+    """The gradient by one stream, in a buffer as above; None as long as nothing has arrived."""
+
+    def __init__(self, value: Tensor | None, *, own: bool) -> None:
+        self._buffer = None if value is None else Buffer(value, own=own)
+
+    @property
+    def value(self) -> Tensor | None:
+        return None if self._buffer is None else self._buffer.value
+
+    def add(self, other: Tensor) -> None:
+        if self._buffer is None:
+            # A copy, since what a net hands back may be the gradient of the other stream itself.
+            self._buffer = Buffer(other.clone(), own=True)
+        else:
+            self._buffer.add(other)
+
+    def rearrange(self, function: Callable[[Tensor], Tensor]) -> None:
+        if self._buffer is not None:
+            self._buffer.replace(function(self._buffer.value))
+
+
 Buffers = tuple[Buffer, Buffer]
+Derivatives = tuple[Derivative, Derivative]
 
 
-def halves(x: Tensor, dim: int) -> Buffers:
+def split(x: Tensor, dim: int) -> Streams:
     """The two streams of a joined tensor, each a dense copy, so that a rebuilt stream has the strides of the original
     and the same kernels see the same layout twice."""
     first, second = x.chunk(2, dim)
-    return Buffer(first.clone(), own=True), Buffer(second.clone(), own=True)
+    return first.clone(), second.clone()
 
 
-def borrowed(streams: Streams) -> Buffers:
-    return Buffer(streams[0], own=False), Buffer(streams[1], own=False)
+def buffers(tensors: list[Tensor], split_dim: int) -> Buffers:
+    """Of a joined tensor or of two streams. Takes them out of the list, so that they die when they are replaced."""
+    first = tensors.pop(0)
+    if tensors:
+        return Buffer(first, own=False), Buffer(tensors.pop(0), own=False)
+    s1, s2 = split(first, split_dim)
+    return Buffer(s1, own=True), Buffer(s2, own=True)
+
+
+def derivatives(tensors: list[Tensor | None], split_dim: int) -> Derivatives:
+    """As `buffers`, of gradients."""
+    first = tensors.pop(0)
+    if tensors or first is None:
+        return Derivative(first, own=False), Derivative(tensors.pop(0) if tensors else None, own=False)
+    d1, d2 = split(first, split_dim)
+    return Derivative(d1, own=True), Derivative(d2, own=True)
 
 
 class ChainRun:
@@ -105,21 +141,21 @@ class ChainRun:
                 if isinstance(block, SpaceToDepth):
                     _restore(block, s1, s2)
                 else:
-                    for name, source, target in (("g", s1, s2), ("f", s2, s1)):
-                        out = self._replayed(index, block, name, source.value)
-                        target.add(self.precision.residual(out), -1)
+                    s2.add(self.precision.residual(self._replayed(index, block, "g", s1.value)), -1)
+                    s1.add(self.precision.residual(self._replayed(index, block, "f", s2.value)), -1)
                 if observe:
                     observe(index, (s1.value, s2.value))
         return s1.value, s2.value
 
-    def backward(self, streams: Buffers, derivatives: Buffers, gradients: Gradients) -> Verdict | None:
+    def backward(self, streams: Buffers, derivatives: Derivatives, gradients: Gradients) -> Verdict | None:
         """Turn the chain's output into its input, and the gradients by the one into those by the other; those by
         parameters and side inputs go to `gradients`. Returns the verdict on an exact reconstruction."""
         (s1, s2), (d1, d2) = streams, derivatives
         for index, block in reversed(list(enumerate(self.blocks))):
             if isinstance(block, SpaceToDepth):
                 _restore(block, s1, s2)
-                _restore(block, d1, d2)
+                d1.rearrange(block.restore)
+                d2.rearrange(block.restore)
                 continue
             self._backward_half(index, block, "g", s1, s2, d1, d2, gradients)
             self._backward_half(index, block, "f", s2, s1, d2, d1, gradients)
@@ -158,18 +194,18 @@ class ChainRun:
         name: NetName,
         source: Buffer,
         target: Buffer,
-        d_source: Buffer,
-        d_target: Buffer,
+        d_source: Derivative,
+        d_target: Derivative,
         gradients: Gradients,
     ) -> None:
         leaf = source.value.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.set_grad_enabled(d_target.value is not None):
             out = self._replayed(index, block, name, leaf)
         with torch.no_grad():
             target.add(self.precision.residual(out.detach()), -1)
         root, dtype = root_of(out), out.dtype
         del out
-        if root is None:
+        if root is None or d_target.value is None:
             return
         d_out = d_target.value.to(dtype, copy=self._replays[index][name].observed)
         with located(f"couplings[{index}].{name}: "):

@@ -14,8 +14,8 @@ from revnet_core.errors import ShapeError
 class SpaceToDepth(nn.Module):
     """Each k x k block of pixels becomes k**2 channels: N,C,H,W to N,C*k**2,H/k,W/k, in both streams.
 
-    Stands among the couplings of a ReversibleSequence. It only rearranges, so its inverse is exact, nothing is stored for
-    it, and the gradient by its input is the inverse of the gradient by its output.
+    Stands among the couplings of a ReversibleSequence. It only rearranges, so its inverse is exact, nothing is stored
+    for it, and the gradient by its input is the inverse of the gradient by its output.
 
     Source: Jacobsen et al. 2018, arXiv:1802.07088, section 3.1.
     """

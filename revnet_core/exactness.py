@@ -37,8 +37,8 @@ class Verdict:
             f"couplings[{outside[0]}]: a stream left the grid's range of {limit:g} (it reached "
             f"{self._peaks_B[outside[0]].item():.3g})"
             if outside
-            else f"no stream left the grid's range of {limit:g}, so a residual left its own of {limit / 4:g}, or F or G "
-            "is not deterministic"
+            else f"no stream left the grid's range of {limit:g}, so a residual left its own of {limit / 4:g}, or F "
+            "or G is not deterministic"
         )
         raise ReconstructionError(
             f"exact reconstruction did not give back the input of {len(self._peaks_B)} couplings bit for bit. {cause}. "

@@ -1,6 +1,7 @@
 """ReversibleSequence: what users compose, with the choice of what becomes of the activations."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, overload
 
@@ -9,22 +10,25 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from revnet_core.backprop import backpropagate
-from revnet_core.chain import Block, ChainRun, Streams
+from revnet_core.budget import Budgeted, SavedBytes
+from revnet_core.chain import Block, ChainRun, Streams, split
 from revnet_core.errors import ShapeError, UnsupportedError, located
 from revnet_core.exactness import Verdict
+from revnet_core.offload import offloaded
 from revnet_core.precision import Precision
-from revnet_core.replay import Replay
+from revnet_core.replay import AutocastState, Replay
 
-ACTIVATIONS = ("stored", "checkpointed", "reconstructed")
+ACTIVATIONS = ("stored", "checkpointed", "offloaded", "reconstructed")
 
 
 class ReversibleSequence(nn.Module):
     """Couplings (and SpaceToDepth) one after another on the two halves of a tensor, or on two tensors.
 
     activations   "stored": autograd keeps everything; "checkpointed": `torch.utils.checkpoint` per coupling,
-                  which keeps each coupling's input; "reconstructed": only the sequence's output is kept and
-                  the backward rebuilds the rest. May be changed at any time; state_dict keys do not depend
-                  on it.
+                  which keeps each coupling's input; "offloaded": stored, in pinned host memory; "reconstructed":
+                  only the sequence's output is kept and the backward rebuilds the rest; `Budgeted(bytes)`:
+                  reconstructed but for the last blocks, as many as the bytes allow to store. May be changed at
+                  any time; state_dict keys do not depend on it.
     split_dim     the dimension that holds the two streams, of even size (channels: 1; features: -1). None: the
                   sequence takes and returns the two streams, as a pair; sequences that follow each other then
                   pass them on without joining and splitting.
@@ -47,7 +51,7 @@ class ReversibleSequence(nn.Module):
         couplings: Iterable[Block],
         *,
         split_dim: int | None = 1,
-        activations: str = "reconstructed",
+        activations: str | Budgeted = "reconstructed",
         precision: Precision = Precision(),  # noqa: B008 - immutable
     ) -> None:
         super().__init__()
@@ -58,14 +62,12 @@ class ReversibleSequence(nn.Module):
         self._unread: list[Verdict] = []
 
     @property
-    def activations(self) -> str:
+    def activations(self) -> str | Budgeted:
         return self._activations
 
     @activations.setter
-    def activations(self, value: str) -> None:
-        if value not in ACTIVATIONS:
-            raise UnsupportedError(f"activations = {value!r}; allowed: {', '.join(ACTIVATIONS)}.")
-        self._activations = value
+    def activations(self, value: str | Budgeted) -> None:
+        self._activations = check_activations(value)
 
     @overload
     def forward(self, x: Tensor, **side: Any) -> Tensor: ...
@@ -85,17 +87,26 @@ class ReversibleSequence(nn.Module):
         with self.precision.autocast(device.type):
             inputs = tuple(self.precision.enter(tensor) for tensor in inputs)
             saving = torch.is_grad_enabled() and self._needs_gradients(inputs, side)
-            if saving and self._activations == "reconstructed" and len(self.couplings):
-                run = ChainRun(self._chain(), self.precision, side)
+            chain = self._chain()
+            rebuilt, meter = self._rebuilt_blocks(inputs) if saving else (0, None)
+            if rebuilt:
+                run = ChainRun(chain[:rebuilt], self.precision, side)
+                join = self.split_dim is not None and rebuilt == len(chain)
                 outputs = backpropagate(
-                    run, inputs, split_dim=self.split_dim or 0, join=len(inputs) == 1, judge=self._judge
+                    run, inputs, split_dim=self.split_dim or 0, join=join, judge=self._judge, evaluate=meter
                 )
-                return outputs if self.split_dim is None else outputs[0]  # pyright: ignore[reportReturnType]
+                if meter:
+                    self._budget.learn(self, self._key(inputs), meter.block_bytes)
+                if join:
+                    return outputs[0]
+                s1, s2 = outputs
+            else:
+                s1, s2 = self._split(inputs)
             call = replayed_checkpoint if self._activations == "checkpointed" and saving else _run
-            s1, s2 = self._split(inputs)
-            for index, block in enumerate(self._chain()):
-                with located(f"couplings[{index}]."):
-                    s1, s2 = call(block, s1, s2, precision=self.precision, **side)
+            with offloaded(self) if self._activations == "offloaded" and saving else contextlib.nullcontext():
+                for index, block in enumerate(chain[rebuilt:], start=rebuilt):
+                    with located(f"couplings[{index}]."):
+                        s1, s2 = call(block, s1, s2, precision=self.precision, **side)
             return self._join(s1, s2)
 
     @overload
@@ -130,6 +141,28 @@ class ReversibleSequence(nn.Module):
     def _chain(self) -> list[Block]:
         return list(self.couplings)  # pyright: ignore[reportReturnType]
 
+    @property
+    def _budget(self) -> Budgeted:
+        assert isinstance(self._activations, Budgeted)
+        return self._activations
+
+    def _rebuilt_blocks(self, inputs: tuple[Tensor, ...]) -> tuple[int, SavedBytes | None]:
+        """How many of the first blocks are reconstructed, and a meter where their bytes are not known yet."""
+        if self._activations == "reconstructed":
+            return len(self.couplings), None
+        if not isinstance(self._activations, Budgeted):
+            return 0, None
+        stored = self._activations.stored_blocks(self, self._key(inputs))
+        if stored is None:
+            return len(self.couplings), SavedBytes(self._chain())
+        return len(self.couplings) - stored, None
+
+    def _key(self, inputs: tuple[Tensor, ...]) -> Hashable:
+        """What the bytes that a block saves depend on."""
+        kinds = tuple((t.shape, t.dtype, t.device) for t in inputs)
+        learning = sum(p.requires_grad for p in self.parameters())
+        return kinds, self.training, learning, AutocastState.of(inputs[0].device)
+
     def _judge(self, verdict: Verdict) -> None:
         self._unread.append(verdict)
         self._read_verdicts(wait=verdict.on_host)
@@ -147,9 +180,7 @@ class ReversibleSequence(nn.Module):
     def _split(self, inputs: tuple[Tensor, ...]) -> Streams:
         if self.split_dim is None:
             return inputs  # pyright: ignore[reportReturnType]
-        first, second = inputs[0].chunk(2, self.split_dim)
-        # Dense, as the streams of a rebuilt chain are, so that the same kernels see the same layout.
-        return first.clone(), second.clone()
+        return split(inputs[0], self.split_dim)
 
     def _join(self, s1: Tensor, s2: Tensor) -> Tensor | Streams:
         return (s1, s2) if self.split_dim is None else torch.cat((s1, s2), dim=self.split_dim)
@@ -172,6 +203,13 @@ class ReversibleSequence(nn.Module):
                 "an even one. Widen the layer in front by one, or choose another split_dim."
             )
         return (x,)
+
+
+def check_activations(value: str | Budgeted) -> str | Budgeted:
+    """Raises UnsupportedError for what does not exist."""
+    if isinstance(value, Budgeted) or value in ACTIVATIONS:
+        return value
+    raise UnsupportedError(f"activations = {value!r}; allowed: {', '.join(ACTIVATIONS)}, or Budgeted(budget_bytes).")
 
 
 def _run(module: nn.Module, *inputs: Tensor, **kwargs: Any) -> Any:

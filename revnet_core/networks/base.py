@@ -4,11 +4,15 @@ The layers are those of memcnn's networks (van de Leemput et al. 2019, memcnn.re
 al. 2016 (arXiv:1603.05027, pre-activation): no convolution has a bias; stem conv-BN-ReLU; tail BN-ReLU-pool-linear.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
+from revnet_core.budget import Budgeted
 from revnet_core.coupling import as_net_input
 from revnet_core.errors import UnsupportedError
+from revnet_core.offload import offloaded
 from revnet_core.precision import Precision
 from revnet_core.sequence import replayed_checkpoint
 
@@ -23,17 +27,18 @@ class Network(nn.Module):
     blocks: int
     reversible_blocks: int
 
-    def __init__(self, *, activations: str, precision: Precision) -> None:
+    def __init__(self, *, activations: str | Budgeted, precision: Precision) -> None:
         super().__init__()
         self.activations = activations
         self.precision = precision
 
     def run_unit(self, unit: nn.Module, x: Tensor) -> Tensor:
-        """A unit that is no coupling: stored, or checkpointed where the whole network is."""
+        """A unit that is no coupling: stored, or checkpointed or offloaded where the whole network is."""
         x = as_net_input(unit, x)
         if self.activations == "checkpointed" and torch.is_grad_enabled():
             return replayed_checkpoint(unit, x)
-        return unit(x)
+        with offloaded(unit) if self.activations == "offloaded" else contextlib.nullcontext():
+            return unit(x)
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:

@@ -63,7 +63,7 @@ def test_without_the_fault_nothing_is_found() -> None:
     "kind", ["conv_bn", "dropout", "attention", "inplace_first", "conditioned", "counting", "nested"]
 )
 def test_what_the_backward_replays_is_no_drift(kind: str) -> None:
-    drifts = audit_inverse(sequence_of(kind, 3), input_of(kind), **side_of(kind))
+    drifts = audit_inverse(sequence_of(kind, 3), input_of(kind), **side_of(kind))  # pyright: ignore[reportArgumentType]
     assert all(drift.max_abs < 1e-12 for drift in drifts)
 
 

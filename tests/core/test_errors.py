@@ -174,7 +174,7 @@ def test_float64_is_never_narrowed_silently(activations: str) -> None:
     [
         ({"compute": "int8"}, "compute = 'int8'; allowed: fp32, tf32, bf16, fp16"),
         ({"reconstruction": "fp8"}, "reconstruction = 'fp8'; allowed: fp64, fp32, bf16, fp16, exact"),
-        ({"grid_bits": 30}, "grid_bits = 30; allowed: 8 to 20"),
+        ({"grid_bits": 50}, "grid_bits = 50; allowed: 8 to 20"),
     ],
 )
 def test_a_precision_that_does_not_exist(wrong: dict[str, str], message: str) -> None:

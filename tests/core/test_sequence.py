@@ -179,5 +179,7 @@ def test_activations_may_be_changed_between_steps() -> None:
 
 
 def test_unknown_activations_name_the_allowed_ones() -> None:
-    with pytest.raises(UnsupportedError, match="activations = 'rebuilt'; allowed: stored, checkpointed, reconstructed"):
+    with pytest.raises(
+        UnsupportedError, match="activations = 'rebuilt'; allowed: stored, checkpointed, offloaded, reconstructed"
+    ):
         sequence_of("tanh", activations="rebuilt")

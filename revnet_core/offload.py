@@ -1,0 +1,55 @@
+"""Saved activations on the host: copied there when autograd saves them, and back when the backward needs them."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+# Below this a copy costs more than the bytes are worth.
+SMALLEST_BYTES = 4096
+
+
+class _OnHost(NamedTuple):
+    host: Tensor
+    device: torch.device
+
+
+@contextlib.contextmanager
+def offloaded(module: nn.Module) -> Iterator[None]:
+    """What autograd saves within lies in pinned host memory; on the CPU it is there already and stays as it is.
+
+    Unlike `torch.autograd.graph.save_on_cpu` it leaves the parameters of `module` where they are, and copies a tensor
+    that several operations save only once.
+    """
+    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    # By address, which may be given again once a storage has died.
+    copies: dict[tuple[object, ...], tuple[StorageWeakRef, _OnHost]] = {}
+
+    def pack(tensor: Tensor) -> Tensor | _OnHost:
+        storage = tensor.untyped_storage()
+        if _is_on_host(tensor) or storage.nbytes() < SMALLEST_BYTES or storage.data_ptr() in own:
+            return tensor
+        key = storage.data_ptr(), tensor._version, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()
+        if key in copies and not copies[key][0].expired():
+            return copies[key][1]
+        host = torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda"
+        )
+        # Ordered before whatever uses the device's memory next, since both are on the current stream.
+        packed = _OnHost(host.copy_(tensor, non_blocking=True), tensor.device)
+        copies[key] = StorageWeakRef(storage), packed
+        return packed
+
+    def unpack(packed: Tensor | _OnHost) -> Tensor:
+        return packed if isinstance(packed, Tensor) else packed.host.to(packed.device, non_blocking=True)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+    copies.clear()
+
+
+def _is_on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
