@@ -1,7 +1,7 @@
 """The families of networks as data, and what each of them can be asked for.
 
-A family's networks differ in depth. Its name is {resnet|revnet}[_bottleneck|_imagenet]: without a suffix the
-units are basic ones for CIFAR.
+A family's networks differ in depth. Its name is [gomez_]{resnet|revnet}[_bottleneck|_imagenet]: without a prefix the
+layers are memcnn's, with `gomez_` those of the paper's code; without a suffix the units are basic ones for CIFAR.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 from revnet_core.errors import DepthError, ShapeError, UnknownModelError
 from revnet_core.networks.base import Network
-from revnet_core.networks.layers import Stem, cifar_stem, imagenet_stem
+from revnet_core.networks.gomez import GomezRevNet
+from revnet_core.networks.layers import PoolAndPad, Stem, cifar_stem, imagenet_stem
 from revnet_core.networks.resnet import ResNet
 from revnet_core.networks.revnet import RevNet
-from revnet_core.networks.units import MEMCNN_BASIC, MEMCNN_BOTTLENECK, UnitDesign
+from revnet_core.networks.units import GOMEZ_BASIC, GOMEZ_BOTTLENECK, MEMCNN_BASIC, MEMCNN_BOTTLENECK, UnitDesign
 
 
 class Variant(NamedTuple):
@@ -42,7 +43,10 @@ class Size(NamedTuple):
     units: Mapping[int, tuple[int, ...]] | None = None
 
 
-VARIANTS = (Variant("", MEMCNN_BASIC, MEMCNN_BOTTLENECK, ResNet, RevNet, "memcnn"),)
+VARIANTS = (
+    Variant("", MEMCNN_BASIC, MEMCNN_BOTTLENECK, ResNet, RevNet, "memcnn"),
+    Variant("gomez_", GOMEZ_BASIC, GOMEZ_BOTTLENECK, ResNet, GomezRevNet, "Gomez et al."),
+)
 SIZES = (
     Size("resnet", "ResNet for CIFAR", streams=1, bottleneck=False, stem=cifar_stem, channels={110: (16, 32, 64)}),
     Size(
@@ -211,4 +215,9 @@ def check_channels(name: str, channels: Sequence[int], stages: int | None = None
             raise ShapeError(
                 f"{where}, and the width of a {name} is {even}. "
                 f"Write {near[0] if near[0] == near[1] else f'{near[0]} or {near[1]}'}."
+            )
+        if family.design.new_shortcut is PoolAndPad and width < channels[max(0, stage - 1)]:
+            raise ShapeError(
+                f"{where}, and a {name} cannot get narrower: its shortcuts have no parameters and only add channels. "
+                f"Write {channels[stage - 1]} or more, or use {name.removeprefix('gomez_')}."
             )

@@ -3,7 +3,8 @@
 A residual function is a chain of pre-activated convolutions: batch norm, ReLU, convolution, and again. Basic units
 have two of 3x3; bottlenecks have 1x1, 3x3, 1x1, and end four times as wide as they are inside.
 
-Sources: He et al. 2016, arXiv:1603.05027; van de Leemput et al. 2019 (memcnn.readthedocs.io).
+Sources: He et al. 2016, arXiv:1603.05027; Gomez et al. 2017, arXiv:1707.04585 (github.com/renmengye/revnet-public);
+van de Leemput et al. 2019 (memcnn.readthedocs.io).
 """
 
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from revnet_core.coupling import as_net_input
-from revnet_core.networks.layers import Norm, Shortcut, conv, normed_projection
+from revnet_core.networks.layers import Norm, PoolAndPad, Shortcut, conv, normed_projection, projection, slow_batch_norm
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ MEMCNN_BASIC = UnitDesign(kernels=(3, 3), expansion=1, strided=0, norm=nn.BatchN
 MEMCNN_BOTTLENECK = UnitDesign(
     kernels=(1, 3, 1), expansion=4, strided=1, norm=nn.BatchNorm2d, new_shortcut=normed_projection
 )
+GOMEZ_BASIC = UnitDesign(kernels=(3, 3), expansion=1, strided=0, norm=slow_batch_norm, new_shortcut=PoolAndPad)
+GOMEZ_BOTTLENECK = UnitDesign(kernels=(1, 3, 1), expansion=4, strided=0, norm=slow_batch_norm, new_shortcut=projection)
 
 
 class ResidualUnit(nn.Module):

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from revnet_core import Precision, ReversibleSequence, audit_gradients, create_model, list_models
 from revnet_core.networks.base import Network
+from revnet_core.networks.gomez import TwoStreamUnit
+from revnet_core.networks.layers import PoolAndPad
+from revnet_core.networks.units import GOMEZ_BASIC, UnitShape
 from tests.core.nets import FP64, assert_same, training_step
 
 EXACT = Precision(compute="bf16", reconstruction="exact")
@@ -54,6 +57,13 @@ def images_for(name: str, dtype: torch.dtype = torch.float64) -> Tensor:
         ("revnet38", 10, 573994, 9, 7),
         ("revnet110", 10, 1854890, 27, 25),
         ("revnet_bottleneck164", 10, 1983786, 27, 24),
+        ("gomez_resnet32", 10, 464154, 15, 0),
+        ("gomez_resnet110", 10, 1727962, 54, 0),
+        ("gomez_resnet_bottleneck164", 10, 1703258, 54, 0),
+        ("gomez_revnet38", 10, 464890, 9, 6),
+        ("gomez_revnet110", 10, 1729194, 27, 24),
+        ("gomez_revnet_bottleneck164", 10, 1748778, 27, 24),
+        ("gomez_revnet_imagenet104", 1000, 45428072, 17, 13),
         # As many as torchvision's ResNet-50 and 101, whose layers are these in another order.
         ("resnet_imagenet50", 1000, 25557032, 16, 0),
         ("resnet_imagenet101", 1000, 44549160, 33, 0),
@@ -71,7 +81,7 @@ def test_sizes_are_the_published_ones(
 
 def count_by_hand(name: str, units: tuple[int, ...], channels: tuple[int, ...], num_classes: int) -> int:
     """Parameters of an ImageNet family, from its description."""
-    streams = 2 if "revnet" in name else 1
+    gomez, streams = name.startswith("gomez"), 2 if "revnet" in name else 1
 
     def bottleneck(before: int, inside: int, *, activate: bool = True) -> int:
         norms = 2 * before * activate + 4 * inside
@@ -80,14 +90,19 @@ def count_by_hand(name: str, units: tuple[int, ...], channels: tuple[int, ...], 
     count, before = 3 * 49 * channels[0] + 2 * channels[0], channels[0]
     for stage, (units_here, width) in enumerate(zip(units, channels, strict=True)):
         after = 4 * width
-        count += bottleneck(before, width, activate=stage > 0) + before * after + 2 * after
+        if gomez:
+            halves = before // streams, width // streams, after // streams
+            count += bottleneck(halves[0], halves[1], activate=stage > 0) + streams * halves[0] * halves[2]
+            count += bottleneck(halves[2], halves[1]) if streams == 2 else 0
+        else:
+            count += bottleneck(before, width, activate=stage > 0) + before * after + 2 * after
         count += (units_here - 1) * streams * bottleneck(after // streams, width // streams)
         before = after
     return count + 2 * before + before * num_classes + num_classes
 
 
 @pytest.mark.parametrize(
-    ("name", "units"),
+    ("size", "units"),
     [
         ("resnet_imagenet50", (3, 4, 6, 3)),
         ("resnet_imagenet101", (3, 4, 23, 3)),
@@ -95,13 +110,14 @@ def count_by_hand(name: str, units: tuple[int, ...], channels: tuple[int, ...], 
         ("revnet_imagenet104", (2, 2, 11, 2)),
     ],
 )
-def test_imagenet_networks_train(name: str, units: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("variant", ["", "gomez_"])
+def test_imagenet_networks_train(variant: str, size: str, units: tuple[int, ...]) -> None:
     channels = (4, 6, 8, 6)
-    model = create_model(name, num_classes=7, channels=channels)
-    outcome = training_step(model, images_for(name, torch.float32))
+    model = create_model(variant + size, num_classes=7, channels=channels)
+    outcome = training_step(model, images_for(size, torch.float32))
     assert outcome.y.shape == (2, 7)
     assert sum(gradient.numel() for name, gradient in outcome.gradients.items() if name != "x") == count_by_hand(
-        name, units, channels, 7
+        variant + size, units, channels, 7
     )
 
 
@@ -123,7 +139,20 @@ def test_exact_agrees_bit_for_bit(name: str) -> None:
         assert_same(other, stored, bits=True)
 
 
-@pytest.mark.parametrize("name", ["revnet", "revnet_bottleneck"])
+@pytest.mark.parametrize("name", ["gomez_revnet", "gomez_revnet_bottleneck"])
+@pytest.mark.parametrize("reconstruction", ["fp64", "bf16"])
+def test_streams_may_have_another_dtype_than_the_nets(name: str, reconstruction: str) -> None:
+    model = narrow(name, precision=Precision(reconstruction=reconstruction))
+    seen: list[torch.dtype] = []
+    for module in model.modules_in_order():
+        module.register_forward_hook(lambda module, args, out: seen.extend(stream.dtype for stream in out))
+    outcome = training_step(model, images_for(name, torch.float32))
+    assert set(seen) == {getattr(torch, {"fp64": "float64", "bf16": "bfloat16"}[reconstruction])}
+    assert outcome.y.dtype == torch.float32
+    assert all(gradient.isfinite().all() for gradient in outcome.gradients.values())
+
+
+@pytest.mark.parametrize("name", ["gomez_revnet", "revnet_bottleneck"])
 def test_gradients_are_audited(name: str) -> None:
     labels = torch.tensor([0, 1])
     batch = images_for(name, torch.float32).detach(), labels
@@ -145,19 +174,42 @@ def count_forwards(module: nn.Module, model: nn.Module, x: Tensor) -> int:
 @pytest.mark.parametrize(
     ("name", "activations", "forwards"),
     [
+        ("gomez_revnet", "stored", 1),
+        ("gomez_revnet", "checkpointed", 2),
+        ("gomez_revnet", "reconstructed", 2),
         ("revnet", "stored", 1),
         ("revnet", "checkpointed", 2),
         ("revnet", "reconstructed", 1),
     ],
 )
 def test_what_becomes_of_a_unit_that_changes_the_shape(name: str, activations: str, forwards: int) -> None:
-    """It is stored where the couplings are rebuilt."""
+    """memcnn's is stored where the couplings are rebuilt; the paper's is recomputed from its stored input."""
     model = narrow(name, activations, Precision())
     strided = [
         m for m in model.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2) and m.kernel_size == (3, 3)
     ]
     assert len(strided) == 2
     assert [count_forwards(m, model, images_for(name, torch.float32)) for m in strided] == [forwards, forwards]
+
+
+def test_first_unit_of_two_streams() -> None:
+    torch.manual_seed(1)
+    unit = TwoStreamUnit(GOMEZ_BASIC, UnitShape(2, 6, 6, stride=2)).eval()
+    x1, x2 = torch.randn(2, 2, 2, 8, 8)
+    y1, y2 = unit(x1, x2)
+    assert not list(unit.shortcut1.parameters())
+    torch.testing.assert_close(y1 - unit.f(x2), unit.shortcut1(x1))
+    torch.testing.assert_close(y2 - unit.g(y1), unit.shortcut2(x2))
+
+
+@pytest.mark.parametrize(("size", "pooled_size"), [(4, 2), (5, 3)])
+def test_shortcut_without_parameters(size: int, pooled_size: int) -> None:
+    x_NCHW = torch.arange(size * size, dtype=torch.float32).view(1, 1, size, size).repeat(1, 2, 1, 1)
+    y_NCHW = PoolAndPad(2, 5, 2)(x_NCHW)
+    assert y_NCHW.shape == (1, 5, pooled_size, pooled_size)
+    assert y_NCHW.abs().sum((0, 2, 3)).bool().tolist() == [False, True, True, False, False]
+    assert y_NCHW[0, 1, 0, 0] == (0 + 1 + size + size + 1) / 4
+    assert y_NCHW[0, 1, -1, -1] == x_NCHW[0, 0, 2 * pooled_size - 2 :, 2 * pooled_size - 2 :].mean()
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -173,3 +225,11 @@ def test_layers_of_the_variants(name: str) -> None:
     modules = list(narrow(name).modules())
     convolutions = [m for m in modules if isinstance(m, nn.Conv2d)]
     assert all(m.bias is None for m in convolutions)
+    assert {(m.eps, m.momentum) for m in modules if isinstance(m, nn.BatchNorm2d)} == {
+        (1e-3, 0.01) if name.startswith("gomez") else (1e-5, 0.1)
+    }
+    # The 1x1 convolutions of stride 2: shortcuts, and in the paper's bottlenecks the first of three.
+    pointwise = [m for m in convolutions if m.stride == (2, 2) and m.kernel_size == (1, 1)]
+    streams = 2 if "revnet" in name else 1
+    basic, bottleneck = (0, 2 * (streams + 1)) if name.startswith("gomez") else (2, 2)
+    assert len(pointwise) == (basic if name.removeprefix("gomez_") in ("resnet", "revnet") else bottleneck)
