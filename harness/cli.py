@@ -51,7 +51,8 @@ def models() -> None:
     from revnet_core.networks import FAMILIES
 
     for name, family in FAMILIES.items():
-        typer.echo(f"{name:<8} depth {family.depth_step}n+2   {', '.join(family.activations):<38} {family.summary}")
+        typer.echo(f"{name:<24} depth {family.depths:<9} {family.summary}")
+        typer.echo(f"{'':<24} {', '.join(family.activations)}")
     typer.echo("package.module:factory   a model of your own; see docs/studies.md")
 
 

@@ -67,7 +67,7 @@ class ReversibleSequence(nn.Module):
 
     @activations.setter
     def activations(self, value: str | Budgeted) -> None:
-        self._activations = check_activations(value)
+        self._activations = value if isinstance(value, Budgeted) else check_activations(value)
 
     @overload
     def forward(self, x: Tensor, **side: Any) -> Tensor: ...
@@ -85,7 +85,7 @@ class ReversibleSequence(nn.Module):
         self._read_verdicts(wait=False)
         device = inputs[0].device
         with self.precision.autocast(device.type):
-            inputs = tuple(self.precision.enter(tensor) for tensor in inputs)
+            inputs = tuple(self.precision.enter(_dense(tensor)) for tensor in inputs)
             saving = torch.is_grad_enabled() and self._needs_gradients(inputs, side)
             chain = self._chain()
             rebuilt, meter = self._rebuilt_blocks(inputs) if saving else (0, None)
@@ -205,11 +205,18 @@ class ReversibleSequence(nn.Module):
         return (x,)
 
 
-def check_activations(value: str | Budgeted) -> str | Budgeted:
+def check_activations(value: str) -> str:
     """Raises UnsupportedError for what does not exist."""
-    if isinstance(value, Budgeted) or value in ACTIVATIONS:
+    if value in ACTIVATIONS:
         return value
     raise UnsupportedError(f"activations = {value!r}; allowed: {', '.join(ACTIVATIONS)}, or Budgeted(budget_bytes).")
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Streams are dense, so that a rebuilt one has the original's layout and the same kernels see both."""
+    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x
+    return x.contiguous()
 
 
 def _run(module: nn.Module, *inputs: Tensor, **kwargs: Any) -> Any:

@@ -1,77 +1,18 @@
 """The networks, by name. A family (`revnet`) comes in many depths; a network is one of them (`revnet110`)."""
 
 import re
-from collections.abc import Callable, Sequence
-from difflib import get_close_matches
-from typing import NamedTuple
+from collections.abc import Sequence
 
-from revnet_core.errors import DepthError, ShapeError, UnknownModelError, UnsupportedError
-from revnet_core.networks.base import Network
-from revnet_core.networks.resnet import ResNet
-from revnet_core.networks.revnet import RevNet
+from revnet_core.budget import Budgeted
+from revnet_core.errors import DepthError, ShapeError, UnsupportedError
+from revnet_core.networks.base import Layout, Network
+from revnet_core.networks.families import FAMILIES as FAMILIES
+from revnet_core.networks.families import check_channels as check_channels
+from revnet_core.networks.families import check_depth as check_depth
+from revnet_core.networks.families import check_units, find_family, units_of
+from revnet_core.networks.families import list_models as list_models
 from revnet_core.precision import Precision
-
-STAGES = 3
-
-
-class Family(NamedTuple):
-    """A family: its depths are depth_step * n + 2 for n >= 1."""
-
-    build: Callable[..., Network]
-    depth_step: int
-    activations: tuple[str, ...]
-    streams: int
-    summary: str
-
-
-FAMILIES = {
-    "resnet": Family(
-        ResNet, 6, ("stored", "checkpointed"), 1, "pre-activation ResNet for CIFAR, depth 6n+2 (He et al. 2016)"
-    ),
-    "revnet": Family(
-        RevNet, 12, ("stored", "checkpointed", "reconstructed"), 2, "RevNet for CIFAR, depth 12n+2 (Gomez et al. 2017)"
-    ),
-}
-
-
-def list_models() -> list[str]:
-    """The names of the families."""
-    return list(FAMILIES)
-
-
-def find_family(name: str) -> Family:
-    """Raises UnknownModelError, which names the near misses."""
-    if name not in FAMILIES:
-        near = get_close_matches(name, FAMILIES)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise UnknownModelError(f"unknown model {name!r}.{hint} Known: {', '.join(FAMILIES)}.")
-    return FAMILIES[name]
-
-
-def check_depth(name: str, depth: int) -> None:
-    """Raises DepthError, which names the nearest two depths of the family."""
-    step = find_family(name).depth_step
-    if depth < step + 2 or (depth - 2) % step:
-        below = (depth - 2) // step * step + 2
-        nearest = (below, below + step) if below >= step + 2 else (step + 2, 2 * step + 2)
-        raise DepthError(
-            f"depth = {depth}; {name} has depths {step}n+2. The nearest two are {nearest[0]} and {nearest[1]}."
-        )
-
-
-def check_channels(name: str, channels: Sequence[int]) -> None:
-    """Raises ShapeError for widths that the family cannot have."""
-    streams = find_family(name).streams
-    if len(channels) != STAGES:
-        raise ShapeError(f"channels = {list(channels)}; {name} has {STAGES} stages. Give {STAGES} widths.")
-    for stage, width in enumerate(channels):
-        if width < streams or width % streams:
-            even = "even, since half of the channels is a stream" if streams > 1 else "at least 1"
-            near = max(streams, width - 1), max(streams, width + 1)
-            raise ShapeError(
-                f"channels = {list(channels)}; channels[{stage}] = {width}, and the width of a {name} is {even}. "
-                f"Write {near[0] if near[0] == near[1] else f'{near[0]} or {near[1]}'}."
-            )
+from revnet_core.sequence import check_activations
 
 
 def create_model(
@@ -80,40 +21,61 @@ def create_model(
     num_classes: int,
     in_channels: int = 3,
     depth: int | None = None,
+    units: Sequence[int] | None = None,
     channels: Sequence[int] | None = None,
-    activations: str | None = None,
+    activations: str | Budgeted | None = None,
     precision: Precision = Precision(),  # noqa: B008 - immutable
 ) -> Network:
     """Build a network: N,in_channels,H,W images to N,num_classes logits.
 
-    name         a family with `depth` given, or a family and its depth in one ("revnet110").
-    channels     the width of each stage, even for a revnet; by default the published one.
-    activations  one of the family's; by default "reconstructed" where the family has it, else "stored".
+    name         a family with `depth` or `units` given, or a family and its depth in one ("revnet110"). A family is
+                 [gomez_]{resnet|revnet}[_bottleneck|_imagenet]. Without a prefix the layers are those of memcnn, with
+                 `gomez_` those of the RevNet paper's code. CIFAR's depths are 6n+2 (resnet), 12n+2 (revnet), 9n+2 and
+                 18n+2 (their bottlenecks); ImageNet's 50 and 101 (resnet), 56 and 104 (revnet).
+    units        residual units of each stage, instead of a depth; each stage but the first halves height and width.
+    channels     the width of each stage, in which its 3x3 convolutions compute; bottlenecks end four times as wide.
+                 Even for a revnet, not decreasing for a `gomez_` family of basic units. By default the published one.
+    activations  one of the family's, or Budgeted(bytes); by default "reconstructed" where the family has it, else
+                 "stored".
 
-    Raises UnknownModelError, DepthError, ShapeError (of channels), or UnsupportedError for activations that the
-    family does not have.
+    Raises UnknownModelError, DepthError (also of units), ShapeError (of channels), or UnsupportedError for activations
+    or a reconstruction precision that the family does not have.
     """
-    if depth is None and (match := re.fullmatch(r"([a-z]+)(\d+)", name)):
+    if depth is None and (match := re.fullmatch(r"([a-z_]+)(\d+)", name)):
         name, depth = match[1], int(match[2])
     family = find_family(name)
-    if depth is None:
-        raise DepthError(
-            f"{name} needs a depth of the form {family.depth_step}n+2, e.g. {name}{6 * family.depth_step + 2}."
-        )
-    check_depth(name, depth)
+    if depth is not None and units is not None:
+        raise DepthError(f"{name} got both depth = {depth} and units = {list(units)}. Give one of them.")
+    if units is not None:
+        check_units(name, units)
+    elif depth is not None:
+        units = units_of(name, depth)
+    else:
+        form = family.depths if family.size.units else f"the form {family.depths}"
+        raise DepthError(f"{name} needs a depth of {form}, e.g. {name}{max(family.size.channels)}, or units.")
     if channels is not None:
-        check_channels(name, channels)
-    if activations is None:
-        activations = "reconstructed" if "reconstructed" in family.activations else "stored"
-    if activations not in family.activations:
-        raise UnsupportedError(
-            f"{name} has no activations = {activations!r}; it has {', '.join(family.activations)}."
-            + (" Its blocks are not reversible; use revnet." if activations == "reconstructed" else "")
+        check_channels(name, channels, len(units))
+    elif len(units) != family.stages:
+        raise ShapeError(
+            f"units = {list(units)}; the published widths of {name} are those of {family.stages} stages. "
+            f"Give channels: {len(units)} widths."
         )
-    units = (depth - 2) // family.depth_step
+    if activations is None:
+        activations = "reconstructed" if family.reversible else "stored"
+    reversible = name.replace("resnet", "revnet")
+    kind = "budgeted" if isinstance(activations, Budgeted) else check_activations(activations)
+    if kind not in family.activations:
+        raise UnsupportedError(
+            f"{name} has no activations = {kind!r}; it has {', '.join(family.activations)}. Its blocks are not "
+            f"reversible; use {reversible}."
+        )
+    if not family.reversible and precision.reconstruction != "fp32":
+        raise UnsupportedError(
+            f"{name} carries no residual streams, so reconstruction = {precision.reconstruction!r} means nothing to "
+            f"it. Leave reconstruction at fp32, or use {reversible}."
+        )
     return family.build(
-        units,
-        channels=channels,
+        Layout(family.design, family.size.stem, units, channels or family.channels(units)),
         num_classes=num_classes,
         in_channels=in_channels,
         activations=activations,

@@ -1,95 +1,94 @@
-"""What the CIFAR networks share: the residual function, the strided unit, stem and tail.
-
-The layers are those of memcnn's networks (van de Leemput et al. 2019, memcnn.readthedocs.io), which follow He et
-al. 2016 (arXiv:1603.05027, pre-activation): no convolution has a bias; stem conv-BN-ReLU; tail BN-ReLU-pool-linear.
-"""
+"""What all networks are: stem, stages of units, tail."""
 
 import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from revnet_core.budget import Budgeted
-from revnet_core.coupling import as_net_input
-from revnet_core.errors import UnsupportedError
+from revnet_core.networks.layers import Stem, tail
+from revnet_core.networks.units import UnitDesign, UnitShape
 from revnet_core.offload import offloaded
 from revnet_core.precision import Precision
-from revnet_core.sequence import replayed_checkpoint
+from revnet_core.sequence import ReversibleSequence, replayed_checkpoint
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A network before it is built.
+
+    units     of each stage; every stage but the first halves height and width
+    channels  the width of each stage; the first is also the stem's
+    """
+
+    design: UnitDesign
+    stem: Stem
+    units: Sequence[int]
+    channels: Sequence[int]
+
+    @property
+    def out_channels(self) -> int:
+        return self.channels[-1] * self.design.expansion
+
+    def stages(self) -> Iterator[list[UnitShape]]:
+        in_channels = self.channels[0]
+        for stage, (count, width) in enumerate(zip(self.units, self.channels, strict=True)):
+            out_channels = width * self.design.expansion
+            # The stem's batch norm and ReLU stand right in front of the very first unit.
+            first = UnitShape(in_channels, width, out_channels, stride=2 if stage > 0 else 1, activate=stage > 0)
+            yield [first, *[UnitShape(out_channels, width, out_channels)] * (count - 1)]
+            in_channels = out_channels
 
 
 class Network(nn.Module):
-    """An image classifier that knows its blocks.
+    """An image classifier that knows its blocks: N,C,H,W images to N,num_classes logits.
 
     blocks             residual units
     reversible_blocks  those of them that can be rebuilt
     """
 
+    # Whether a unit that is no coupling is recomputed from its stored input where couplings are reconstructed.
+    recomputes_units: ClassVar[bool] = False
+
     blocks: int
     reversible_blocks: int
 
-    def __init__(self, *, activations: str | Budgeted, precision: Precision) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        num_classes: int,
+        in_channels: int,
+        activations: str | Budgeted,
+        precision: Precision,
+    ) -> None:
         super().__init__()
         self.activations = activations
         self.precision = precision
-
-    def run_unit(self, unit: nn.Module, x: Tensor) -> Tensor:
-        """A unit that is no coupling: stored, or checkpointed or offloaded where the whole network is."""
-        x = as_net_input(unit, x)
-        if self.activations == "checkpointed" and torch.is_grad_enabled():
-            return replayed_checkpoint(unit, x)
-        with offloaded(unit) if self.activations == "offloaded" else contextlib.nullcontext():
-            return unit(x)
-
-
-def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
-
-
-def residual_function(in_channels: int, out_channels: int, *, stride: int = 1, activate: bool = True) -> nn.Sequential:
-    """[BN, ReLU], conv3x3, BN, ReLU, conv3x3; the bracket is left out where the stem has just done it."""
-    lead = [nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True)] if activate else []
-    return nn.Sequential(
-        *lead,
-        conv3x3(in_channels, out_channels, stride),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-        conv3x3(out_channels, out_channels),
-    )
-
-
-class ResidualUnit(nn.Module):
-    """x + F(x), or projection(x) + F(x) where stride or width changes."""
-
-    def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, activate: bool = True) -> None:
-        super().__init__()
-        self.f = residual_function(in_channels, out_channels, stride=stride, activate=activate)
-        self.shortcut = None
-        if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
-            )
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        return self.f(x_NCHW) + (x_NCHW if self.shortcut is None else self.shortcut(x_NCHW))
-
-
-def stem(in_channels: int, out_channels: int) -> nn.Sequential:
-    return nn.Sequential(conv3x3(in_channels, out_channels), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
-
-
-def tail(in_channels: int, num_classes: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.BatchNorm2d(in_channels),
-        nn.ReLU(inplace=True),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(in_channels, num_classes),
-    )
-
-
-def refuse_reconstruction(name: str, precision: Precision) -> None:
-    if precision.reconstruction != "fp32":
-        raise UnsupportedError(
-            f"{name} carries no residual streams, so reconstruction = {precision.reconstruction!r} means nothing to "
-            "it. Leave reconstruction at fp32, or use revnet."
+        self.stem = layout.stem(in_channels, layout.channels[0], layout.design.norm)
+        self.stages = nn.ModuleList(nn.ModuleList(self.build_stage(layout.design, s)) for s in layout.stages())
+        self.tail = tail(layout.out_channels, num_classes, layout.design.norm)
+        self.blocks = sum(layout.units)
+        self.reversible_blocks = sum(
+            len(module.couplings) for module in self.modules_in_order() if isinstance(module, ReversibleSequence)
         )
+
+    def build_stage(self, design: UnitDesign, shapes: Sequence[UnitShape]) -> list[nn.Module]:
+        """What the stage's units become, in order; `shapes` are those of whole units, of both streams together."""
+        raise NotImplementedError
+
+    def modules_in_order(self) -> Iterator[nn.Module]:
+        """What `build_stage` built, stage by stage."""
+        for stage in self.stages.children():
+            yield from stage.children()
+
+    def run_unit(self, unit: nn.Module, *inputs: Tensor, **options: Any) -> Any:
+        """A unit that is no coupling: stored, on the host where all is, or recomputed in the backward."""
+        stored = self.activations in ("stored", "offloaded")
+        if torch.is_grad_enabled() and (self.activations == "checkpointed" or (self.recomputes_units and not stored)):
+            return replayed_checkpoint(unit, *inputs, **options)
+        with offloaded(unit) if self.activations == "offloaded" else contextlib.nullcontext():
+            return unit(*inputs, **options)

@@ -1,163 +1,235 @@
-"""The networks are the published ones, and train alike whatever becomes of their activations."""
+"""The networks are the published ones, and train alike whatever becomes of their activations.
+
+Legend: N batch, C channels, H height, W width.
+"""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from revnet_core import (
-    DepthError,
-    Precision,
-    ReversibleSequence,
-    ShapeError,
-    UnknownModelError,
-    UnsupportedError,
-    check_depth,
-    create_model,
-    list_models,
-)
+from revnet_core import Precision, ReversibleSequence, audit_gradients, create_model, list_models
 from revnet_core.networks.base import Network
+from revnet_core.networks.gomez import TwoStreamUnit
+from revnet_core.networks.layers import PoolAndPad
+from revnet_core.networks.units import GOMEZ_BASIC, UnitShape
 from tests.core.nets import FP64, assert_same, training_step
 
+EXACT = Precision(compute="bf16", reconstruction="exact")
 
-def network(name: str, activations: str | None = None, precision: Precision | None = None) -> Network:
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On tensors this small threads only wait for each other, on a busy machine for seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def narrow(name: str, activations: str | None = None, precision: Precision = FP64) -> Network:
+    """A network of the family with few units, one stage of them alone in its stage, and few channels."""
     torch.manual_seed(1)
-    precision = precision or (FP64 if name.startswith("revnet") else Precision())
-    return create_model(name, num_classes=10, activations=activations, precision=precision)
+    precision = precision if "revnet" in name else Precision()
+    return create_model(
+        name,
+        num_classes=10,
+        units=(2, 1, 3),
+        channels=(4, 6, 10),
+        activations=activations,
+        precision=precision,
+    )
 
 
-@pytest.mark.parametrize("name", ["resnet14", "revnet14"])
-def test_widths_are_as_given(name: str) -> None:
-    wide = create_model(name, num_classes=10, channels=(8, 20, 12))
-    assert wide.state_dict()["stem.0.weight"].shape[0] == 8
-    assert wide(torch.randn(2, 3, 8, 8)).shape == (2, 10)
-
-
-@pytest.mark.parametrize(
-    ("name", "channels", "message"),
-    [
-        ("revnet14", (8, 9, 12), r"channels\[1\] = 9, and the width of a revnet is even.*Write 8 or 10"),
-        ("revnet14", (0, 8, 12), r"channels\[0\] = 0"),
-        ("revnet14", (8, 12), "revnet has 3 stages"),
-        ("resnet14", (0, 8, 12), "at least 1"),
-    ],
-)
-def test_widths_that_cannot_be_are_refused(name: str, channels: tuple[int, ...], message: str) -> None:
-    with pytest.raises(ShapeError, match=message):
-        create_model(name, num_classes=10, channels=channels)
-
-
-def test_a_resnet_may_have_odd_widths() -> None:
-    assert create_model("resnet14", num_classes=10, channels=(7, 9, 11))(torch.randn(2, 3, 8, 8)).shape == (2, 10)
-
-
-def tiny_images(dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+def images_for(name: str, dtype: torch.dtype = torch.float64) -> Tensor:
+    size = 32 if "imagenet" in name else 8
+    draws = torch.Generator().manual_seed(2)
+    return torch.randn(2, 3, size, size, generator=draws).to(dtype).requires_grad_()
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "blocks", "reversible_blocks"),
+    ("name", "num_classes", "parameters", "blocks", "reversible_blocks"),
     [
-        ("resnet32", 466906, 15, 0),
-        ("resnet110", 1730714, 54, 0),
-        ("revnet38", 573994, 9, 7),
-        ("revnet110", 1854890, 27, 25),
+        ("resnet32", 10, 466906, 15, 0),
+        ("resnet110", 10, 1730714, 54, 0),
+        ("resnet_bottleneck164", 10, 1704154, 54, 0),
+        ("revnet38", 10, 573994, 9, 7),
+        ("revnet110", 10, 1854890, 27, 25),
+        ("revnet_bottleneck164", 10, 1983786, 27, 24),
+        ("gomez_resnet32", 10, 464154, 15, 0),
+        ("gomez_resnet110", 10, 1727962, 54, 0),
+        ("gomez_resnet_bottleneck164", 10, 1703258, 54, 0),
+        ("gomez_revnet38", 10, 464890, 9, 6),
+        ("gomez_revnet110", 10, 1729194, 27, 24),
+        ("gomez_revnet_bottleneck164", 10, 1748778, 27, 24),
+        ("gomez_revnet_imagenet104", 1000, 45428072, 17, 13),
+        # As many as torchvision's ResNet-50 and 101, whose layers are these in another order.
+        ("resnet_imagenet50", 1000, 25557032, 16, 0),
+        ("resnet_imagenet101", 1000, 44549160, 33, 0),
     ],
 )
-def test_sizes_are_the_published_ones(name: str, parameters: int, blocks: int, reversible_blocks: int) -> None:
+def test_sizes_are_the_published_ones(
+    name: str, num_classes: int, parameters: int, blocks: int, reversible_blocks: int
+) -> None:
     with torch.device("meta"):
-        model = create_model(name, num_classes=10)
+        model = create_model(name, num_classes=num_classes)
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert (model.blocks, model.reversible_blocks) == (blocks, reversible_blocks)
     assert reversible_blocks == sum(len(m.couplings) for m in model.modules() if isinstance(m, ReversibleSequence))
 
 
-@pytest.mark.parametrize("name", ["resnet14", "revnet14", "revnet26"])
-def test_activations_agree(name: str) -> None:
-    modes = ("checkpointed",) if name.startswith("resnet") else ("checkpointed", "reconstructed")
-    expected = training_step(network(name, "stored").double(), tiny_images())
-    assert expected.buffers
-    for activations in modes:
-        assert_same(training_step(network(name, activations).double(), tiny_images()), expected)
+def count_by_hand(name: str, units: tuple[int, ...], channels: tuple[int, ...], num_classes: int) -> int:
+    """Parameters of an ImageNet family, from its description."""
+    gomez, streams = name.startswith("gomez"), 2 if "revnet" in name else 1
 
+    def bottleneck(before: int, inside: int, *, activate: bool = True) -> int:
+        norms = 2 * before * activate + 4 * inside
+        return norms + before * inside + 9 * inside * inside + 4 * inside * inside
 
-def test_exact_agrees_bit_for_bit() -> None:
-    exact = Precision(compute="bf16", reconstruction="exact")
-    stored, rebuilt = (
-        training_step(network("revnet26", mode, exact), tiny_images(torch.float32))
-        for mode in ("stored", "reconstructed")
-    )
-    assert_same(rebuilt, stored, bits=True)
-
-
-@pytest.mark.parametrize(("name", "activations"), [("revnet14", "reconstructed"), ("resnet14", "stored")])
-def test_default_activations(name: str, activations: str) -> None:
-    assert network(name).activations == activations
-
-
-@pytest.mark.parametrize("name", ["resnet", "revnet"])
-def test_a_family_and_its_depth_may_be_given_apart(name: str) -> None:
-    apart, together = create_model(name, depth=14, num_classes=10), create_model(f"{name}14", num_classes=10)
-    assert apart.state_dict().keys() == together.state_dict().keys()
-    assert name in list_models()
-
-
-@pytest.mark.parametrize("name", ["resnet14", "revnet14"])
-def test_logits_and_channels(name: str) -> None:
-    model = create_model(name, num_classes=7, in_channels=1)
-    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 7)
+    count, before = 3 * 49 * channels[0] + 2 * channels[0], channels[0]
+    for stage, (units_here, width) in enumerate(zip(units, channels, strict=True)):
+        after = 4 * width
+        if gomez:
+            halves = before // streams, width // streams, after // streams
+            count += bottleneck(halves[0], halves[1], activate=stage > 0) + streams * halves[0] * halves[2]
+            count += bottleneck(halves[2], halves[1]) if streams == 2 else 0
+        else:
+            count += bottleneck(before, width, activate=stage > 0) + before * after + 2 * after
+        count += (units_here - 1) * streams * bottleneck(after // streams, width // streams)
+        before = after
+    return count + 2 * before + before * num_classes + num_classes
 
 
 @pytest.mark.parametrize(
-    ("name", "depth", "message"),
+    ("size", "units"),
     [
-        ("revnet", 40, r"depth = 40; revnet has depths 12n\+2\. The nearest two are 38 and 50\."),
-        ("resnet", 40, r"depth = 40; resnet has depths 6n\+2\. The nearest two are 38 and 44\."),
-        ("revnet", 2, r"The nearest two are 14 and 26\."),
-        ("revnet", -5, r"The nearest two are 14 and 26\."),
+        ("resnet_imagenet50", (3, 4, 6, 3)),
+        ("resnet_imagenet101", (3, 4, 23, 3)),
+        ("revnet_imagenet56", (2, 2, 3, 2)),
+        ("revnet_imagenet104", (2, 2, 11, 2)),
     ],
 )
-def test_a_depth_that_the_family_does_not_have(name: str, depth: int, message: str) -> None:
-    with pytest.raises(DepthError, match=message):
-        check_depth(name, depth)
-    with pytest.raises(DepthError, match=message):
-        create_model(name, depth=depth, num_classes=10)
+@pytest.mark.parametrize("variant", ["", "gomez_"])
+def test_imagenet_networks_train(variant: str, size: str, units: tuple[int, ...]) -> None:
+    channels = (4, 6, 8, 6)
+    model = create_model(variant + size, num_classes=7, channels=channels)
+    outcome = training_step(model, images_for(size, torch.float32))
+    assert outcome.y.shape == (2, 7)
+    assert sum(gradient.numel() for name, gradient in outcome.gradients.items() if name != "x") == count_by_hand(
+        variant + size, units, channels, 7
+    )
 
 
-def test_a_family_without_a_depth() -> None:
-    with pytest.raises(DepthError, match=r"revnet needs a depth of the form 12n\+2, e\.g\. revnet74"):
-        create_model("revnet", num_classes=10)
+@pytest.mark.parametrize("name", list_models())
+def test_activations_agree(name: str) -> None:
+    expected = training_step(narrow(name, "stored").double(), images_for(name))
+    assert expected.buffers
+    for activations in ("checkpointed", "reconstructed") if "revnet" in name else ("checkpointed",):
+        assert_same(training_step(narrow(name, activations).double(), images_for(name)), expected)
 
 
-@pytest.mark.parametrize("name", ["revnte", "revnte38"])
-def test_an_unknown_model_names_the_near_misses(name: str) -> None:
-    with pytest.raises(UnknownModelError, match=r"unknown model 'revnte'\. Did you mean revnet.*Known: resnet, revnet"):
-        create_model(name, num_classes=10)
+@pytest.mark.parametrize("name", [name for name in list_models() if "revnet" in name])
+def test_exact_agrees_bit_for_bit(name: str) -> None:
+    stored, *others = (
+        training_step(narrow(name, mode, EXACT), images_for(name, torch.float32))
+        for mode in ("stored", "checkpointed", "reconstructed")
+    )
+    for other in others:
+        assert_same(other, stored, bits=True)
 
 
-def test_an_unknown_model_that_resembles_nothing() -> None:
-    with pytest.raises(UnknownModelError, match=r"unknown model 'xyzzy'\. Known: resnet, revnet"):
-        create_model("xyzzy", depth=14, num_classes=10)
+@pytest.mark.parametrize("name", ["gomez_revnet", "gomez_revnet_bottleneck"])
+@pytest.mark.parametrize("reconstruction", ["fp64", "bf16"])
+def test_streams_may_have_another_dtype_than_the_nets(name: str, reconstruction: str) -> None:
+    model = narrow(name, precision=Precision(reconstruction=reconstruction))
+    seen: list[torch.dtype] = []
+    for module in model.modules_in_order():
+        module.register_forward_hook(lambda module, args, out: seen.extend(stream.dtype for stream in out))
+    outcome = training_step(model, images_for(name, torch.float32))
+    assert set(seen) == {getattr(torch, {"fp64": "float64", "bf16": "bfloat16"}[reconstruction])}
+    assert outcome.y.dtype == torch.float32
+    assert all(gradient.isfinite().all() for gradient in outcome.gradients.values())
 
 
-def test_a_resnet_cannot_be_rebuilt() -> None:
-    with pytest.raises(UnsupportedError, match=r"resnet has no activations = 'reconstructed'.*use revnet"):
-        network("resnet14", "reconstructed")
+@pytest.mark.parametrize("name", ["gomez_revnet", "revnet_bottleneck"])
+def test_gradients_are_audited(name: str) -> None:
+    labels = torch.tensor([0, 1])
+    batch = images_for(name, torch.float32).detach(), labels
+    parity = audit_gradients(narrow(name, precision=Precision()), nn.functional.cross_entropy, batch)
+    assert parity.rel < 1e-4
+    assert parity.reference_rel is not None
+    assert parity.reference_rel < 1e-3
 
 
-@pytest.mark.parametrize("reconstruction", ["exact", "bf16"])
-def test_a_resnet_carries_no_streams(reconstruction: str) -> None:
-    with pytest.raises(UnsupportedError, match=f"reconstruction = '{reconstruction}' means nothing"):
-        network("resnet14", precision=Precision(reconstruction=reconstruction))
+def count_forwards(module: nn.Module, model: nn.Module, x: Tensor) -> int:
+    """Of `module`, in a training step of `model`."""
+    calls = []
+    hook = module.register_forward_hook(lambda *_: calls.append(1))
+    training_step(model, x)
+    hook.remove()
+    return len(calls)
 
 
-def test_unknown_activations_of_a_network() -> None:
-    with pytest.raises(
-        UnsupportedError, match="revnet has no activations = 'offloaded'; it has stored, checkpointed, reconstructed"
-    ):
-        network("revnet14", "offloaded")
+@pytest.mark.parametrize(
+    ("name", "activations", "forwards"),
+    [
+        ("gomez_revnet", "stored", 1),
+        ("gomez_revnet", "checkpointed", 2),
+        ("gomez_revnet", "reconstructed", 2),
+        ("revnet", "stored", 1),
+        ("revnet", "checkpointed", 2),
+        ("revnet", "reconstructed", 1),
+    ],
+)
+def test_what_becomes_of_a_unit_that_changes_the_shape(name: str, activations: str, forwards: int) -> None:
+    """memcnn's is stored where the couplings are rebuilt; the paper's is recomputed from its stored input."""
+    model = narrow(name, activations, Precision())
+    strided = [
+        m for m in model.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2) and m.kernel_size == (3, 3)
+    ]
+    assert len(strided) == 2
+    assert [count_forwards(m, model, images_for(name, torch.float32)) for m in strided] == [forwards, forwards]
 
 
-def test_no_convolution_has_a_bias() -> None:
-    convolutions = [m for m in network("revnet26").modules() if isinstance(m, nn.Conv2d)]
-    assert convolutions
-    assert all(convolution.bias is None for convolution in convolutions)
+def test_first_unit_of_two_streams() -> None:
+    torch.manual_seed(1)
+    unit = TwoStreamUnit(GOMEZ_BASIC, UnitShape(2, 6, 6, stride=2)).eval()
+    x1, x2 = torch.randn(2, 2, 2, 8, 8)
+    y1, y2 = unit(x1, x2)
+    assert not list(unit.shortcut1.parameters())
+    torch.testing.assert_close(y1 - unit.f(x2), unit.shortcut1(x1))
+    torch.testing.assert_close(y2 - unit.g(y1), unit.shortcut2(x2))
+
+
+@pytest.mark.parametrize(("size", "pooled_size"), [(4, 2), (5, 3)])
+def test_shortcut_without_parameters(size: int, pooled_size: int) -> None:
+    x_NCHW = torch.arange(size * size, dtype=torch.float32).view(1, 1, size, size).repeat(1, 2, 1, 1)
+    y_NCHW = PoolAndPad(2, 5, 2)(x_NCHW)
+    assert y_NCHW.shape == (1, 5, pooled_size, pooled_size)
+    assert y_NCHW.abs().sum((0, 2, 3)).bool().tolist() == [False, True, True, False, False]
+    assert y_NCHW[0, 1, 0, 0] == (0 + 1 + size + size + 1) / 4
+    assert y_NCHW[0, 1, -1, -1] == x_NCHW[0, 0, 2 * pooled_size - 2 :, 2 * pooled_size - 2 :].mean()
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_stems(name: str) -> None:
+    imagenet = "imagenet" in name
+    stem = narrow(name).stem
+    assert stem(torch.randn(2, 3, 32, 32)).shape[2:] == ((8, 8) if imagenet else (32, 32))
+    assert stem.get_parameter("0.weight").shape[2:] == ((7, 7) if imagenet else (3, 3))
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_layers_of_the_variants(name: str) -> None:
+    modules = list(narrow(name).modules())
+    convolutions = [m for m in modules if isinstance(m, nn.Conv2d)]
+    assert all(m.bias is None for m in convolutions)
+    assert {(m.eps, m.momentum) for m in modules if isinstance(m, nn.BatchNorm2d)} == {
+        (1e-3, 0.01) if name.startswith("gomez") else (1e-5, 0.1)
+    }
+    # The 1x1 convolutions of stride 2: shortcuts, and in the paper's bottlenecks the first of three.
+    pointwise = [m for m in convolutions if m.stride == (2, 2) and m.kernel_size == (1, 1)]
+    streams = 2 if "revnet" in name else 1
+    basic, bottleneck = (0, 2 * (streams + 1)) if name.startswith("gomez") else (2, 2)
+    assert len(pointwise) == (basic if name.removeprefix("gomez_") in ("resnet", "revnet") else bottleneck)
