@@ -3,6 +3,7 @@
 The forward keeps the chain's output and nothing else; the backward walks from the last block to the first.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from revnet_core.chain import ChainRun, Derivative, Evaluator, buffers, derivati
 from revnet_core.errors import DoubleBackwardError
 from revnet_core.exactness import Verdict
 from revnet_core.gradients import Gradients
+from revnet_core.partitioned import Uses, is_partitioned
 
 
 def backpropagate(
@@ -34,15 +36,16 @@ def backpropagate(
     """
     side = {name: value for name, value in run.side.items() if isinstance(value, Tensor)}
     parameters = list({p: None for block in run.blocks for p in block.parameters() if p.requires_grad})
-    # DeepSpeed marks a partitioned parameter so; its shape here is [0] and cannot be a function's input.
-    engine_owned = any(hasattr(p, "ds_id") for p in parameters)
-    call = _Call(
-        run, split_dim, len(inputs), join, list(side), [] if engine_owned else parameters, engine_owned, judge, evaluate
-    )
+    # A partitioned parameter cannot be a function's input.
+    uses = Uses(run.nets()) if any(map(is_partitioned, parameters)) else None
+    call = _Call(run, split_dim, len(inputs), join, list(side), [] if uses else parameters, uses, judge, evaluate)
     # Without parameters among its inputs the function needs something else to be differentiated by.
-    anchor = torch.empty((), device=inputs[0].device, requires_grad=True) if engine_owned else None
+    anchor = torch.empty((), device=inputs[0].device, requires_grad=True) if uses else None
     outputs: Any = _Chain.apply(call, *inputs, anchor, *side.values(), *call.parameters)
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if uses:
+        uses.belong_to(outputs[0].grad_fn)
+    return outputs
 
 
 class _Call(NamedTuple):
@@ -52,7 +55,7 @@ class _Call(NamedTuple):
     join: bool
     side_names: list[str]
     parameters: list[nn.Parameter]
-    engine_owned: bool
+    uses: Uses | None
     judge: Callable[[Verdict], None]
     evaluate: Evaluator | None
 
@@ -96,16 +99,17 @@ class _Chain(torch.autograd.Function):
                 call.side_names, saved_side, ctx.needs_input_grad[2 + call.inputs :], strict=False
             )
         }
-        gradients = Gradients(side.values(), call.engine_owned)
+        gradients = Gradients(side.values(), call.uses)
         d1, d2 = derivatives(grads, call.split_dim)
-        verdict = call.run.with_side(side).backward(buffers(outputs, call.split_dim), (d1, d2), gradients)
+        with call.uses.running() if call.uses else contextlib.nullcontext():
+            verdict = call.run.with_side(side).backward(buffers(outputs, call.split_dim), (d1, d2), gradients)
         if verdict is not None:
             call.judge(verdict)
         by_inputs: tuple[Tensor | None, ...] = d1.value, d2.value
         if call.inputs == 1:
             by_inputs = (_joined(d1, d2, call.split_dim) if needs_inputs[0] else None,)
-        by_side = [s.grad if call.engine_owned else gradients.of(s) for s in side.values()]
-        return None, *by_inputs, None, *by_side, *(gradients.of(p) for p in call.parameters)
+        by_side, by_parameters = map(gradients.of_side, side.values()), map(gradients.of_parameter, call.parameters)
+        return None, *by_inputs, None, *by_side, *by_parameters
 
 
 def _joined(d1: Derivative, d2: Derivative, dim: int) -> Tensor | None:

@@ -5,11 +5,11 @@ Legend: s1, s2 the two streams; d1, d2 the gradients of the loss by them.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from revnet_core.coupling import AdditiveCoupling, NetName
 from revnet_core.downsampling import SpaceToDepth
@@ -160,6 +160,12 @@ class ChainRun:
             self._backward_half(index, block, "g", s1, s2, d1, d2, gradients)
             self._backward_half(index, block, "f", s2, s1, d2, d1, gradients)
         return None if self._watch is None else self._watch.verdict(s1.value, s2.value)
+
+    def nets(self) -> Iterator[nn.Module]:
+        """F and G of each coupling, each as often as it is evaluated."""
+        for block in self.blocks:
+            if isinstance(block, AdditiveCoupling):
+                yield from (block.f, block.g)
 
     def with_side(self, tensors: dict[str, Tensor]) -> "ChainRun":
         """The same run with these side tensors in place of the forward's."""

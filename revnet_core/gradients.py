@@ -8,33 +8,43 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from revnet_core.errors import OutsideTensorError
+from revnet_core.partitioned import Uses
 
 
 class Gradients:
     """The sums so far.
 
-    With `engine_owned` the parameters belong to an engine that partitions them (ZeRO-3): its own hooks must see
+    With `uses` the parameters belong to an engine that partitions them (ZeRO-3): its own hooks must see
     each gradient arrive, so backward runs inside and accumulates in .grad, and nothing is returned.
     """
 
-    def __init__(self, side: Iterable[Tensor], engine_owned: bool) -> None:
-        self.side = [tensor for tensor in side if tensor.requires_grad]
-        self.engine_owned = engine_owned
+    def __init__(self, side: Iterable[Tensor], uses: Uses | None) -> None:
+        self._side = [tensor for tensor in side if tensor.requires_grad]
+        self._uses = uses
         self._sums: dict[Tensor, Tensor] = {}
 
-    def of(self, tensor: Tensor) -> Tensor | None:
-        return self._sums.get(tensor)
+    def of_parameter(self, parameter: nn.Parameter) -> Tensor | None:
+        """None where no evaluation used it. Its hooks fire even so, and one that runs after the accumulation reads
+        `.grad`, so it then gets zeros."""
+        found = self._sums.get(parameter)
+        if found is None and parameter.grad is None and getattr(parameter, "_post_accumulate_grad_hooks", None):
+            return torch.zeros_like(parameter)
+        return found
+
+    def of_side(self, tensor: Tensor) -> Tensor | None:
+        return tensor.grad if self._uses else self._sums.get(tensor)
 
     def collect(self, net: nn.Module, leaf: Tensor, root: "Tensor | GradientEdge", d_out: Tensor) -> Tensor | None:
         """Add the gradients of one evaluation of `net`, whose output is `root`; returns the one by `leaf`."""
-        if self.engine_owned:
+        if self._uses:
+            self._uses.take(net)
             torch.autograd.backward(root, d_out)
             return leaf.grad
         parameters = [p for p in net.parameters() if p.requires_grad]
-        _refuse_outside_tensors(net, root, {leaf, *parameters, *self.side})
+        _refuse_outside_tensors(net, root, {leaf, *parameters, *self._side})
         with _without_hooks(parameters):
-            d_leaf, *rest = torch.autograd.grad(root, [leaf, *parameters, *self.side], d_out, allow_unused=True)
-        for tensor, gradient in zip([*parameters, *self.side], rest, strict=True):
+            d_leaf, *rest = torch.autograd.grad(root, [leaf, *parameters, *self._side], d_out, allow_unused=True)
+        for tensor, gradient in zip([*parameters, *self._side], rest, strict=True):
             if gradient is None:
                 continue
             if tensor in self._sums:

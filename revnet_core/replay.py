@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from revnet_core.errors import ChangedStateError
+from revnet_core.partitioned import is_partitioned
 
 # Of these the running statistics can be left alone by one flag; a subclass with a forward of its own may not heed it.
 _FLAGGED_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
@@ -79,8 +80,8 @@ class Replay:
             _Held(m, name, p, _version_of(p))
             for m in self._modules
             for name, p in m._parameters.items()
-            # DeepSpeed marks a parameter so whose contents it moves in and out.
-            if p is not None and not hasattr(p, "ds_id")
+            # A partitioned parameter's contents are moved in and out.
+            if p is not None and not is_partitioned(p)
         ]
 
     @contextlib.contextmanager

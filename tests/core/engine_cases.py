@@ -194,7 +194,7 @@ def perturb_output(model: nn.Module) -> None:
         with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: 1.001 * saved):
             return forward(x, **side)
 
-    sequence.forward = perturbed
+    sequence.forward = perturbed  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def count_twice(model: nn.Module) -> None:

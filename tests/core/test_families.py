@@ -188,7 +188,5 @@ def test_a_resnet_carries_no_streams(reconstruction: str) -> None:
 
 
 def test_unknown_activations_of_a_network() -> None:
-    with pytest.raises(
-        UnsupportedError, match="revnet has no activations = 'offloaded'; it has stored, checkpointed, reconstructed"
-    ):
-        create_model("revnet14", num_classes=10, activations="offloaded")
+    with pytest.raises(UnsupportedError, match="activations = 'rebuilt'; allowed: stored, checkpointed, offloaded"):
+        create_model("revnet14", num_classes=10, activations="rebuilt")
