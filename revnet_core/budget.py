@@ -58,27 +58,24 @@ class SavedBytes:
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self.block_bytes = [0] * len(blocks)
-        self._seen = {
-            t.untyped_storage().data_ptr() for block in blocks for t in (*block.parameters(), *block.buffers())
-        }
+        # Kept, since a buffer that is replaced would leave its address to somebody else.
+        self._own = [t for block in blocks for t in (*block.parameters(), *block.buffers())]
 
     def __call__(self, index: int, call: Callable[[Tensor], Tensor], source: Tensor) -> Tensor:
-        # The graph dies at once; kept alive until then, so that no storage's address is given twice.
+        seen = {t.untyped_storage().data_ptr() for t in self._own}
+        # The graph dies with this call; what it saved is kept until then, for the same reason.
         saved: list[Tensor] = []
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self._seen:
-                self._seen.add(storage.data_ptr())
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
                 self.block_bytes[index] += storage.nbytes()
             saved.append(tensor)
             return tensor
 
-        addresses = set(self._seen)
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out = call(source.detach().requires_grad_()).detach()
-        self._seen = addresses
-        return out
+            return call(source.detach().requires_grad_()).detach()
 
 
 def _fitting(block_bytes: Sequence[int], budget_bytes: int) -> tuple[int, int]:

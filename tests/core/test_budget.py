@@ -21,9 +21,10 @@ class Saved(NamedTuple):
 
 def forward_and_count(model: nn.Module, x: Tensor) -> Saved:
     """What autograd saves beside parameters, buffers, the input and the output."""
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
+    # Kept, since a buffer that is replaced would leave its address to somebody else.
+    alive = [*model.parameters(), *model.buffers(), x]
+    known = {t.untyped_storage().data_ptr() for t in alive}
     storages: dict[int, int] = {}
-    alive: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
         alive.append(tensor)
