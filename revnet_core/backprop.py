@@ -15,6 +15,7 @@ from revnet_core.errors import DoubleBackwardError
 from revnet_core.exactness import Verdict
 from revnet_core.gradients import Gradients
 from revnet_core.partitioned import Uses, is_partitioned
+from revnet_core.walk import modules_of, trained_parameters
 
 
 def backpropagate(
@@ -35,7 +36,7 @@ def backpropagate(
     Raises DoubleBackwardError, OutsideTensorError and what `judge` raises in the backward.
     """
     side = {name: value for name, value in run.side.items() if isinstance(value, Tensor)}
-    parameters = list({p: None for block in run.blocks for p in block.parameters() if p.requires_grad})
+    parameters = trained_parameters(modules_of(*run.blocks))
     # A partitioned parameter cannot be a function's input.
     uses = Uses(run.nets()) if any(map(is_partitioned, parameters)) else None
     call = _Call(run, split_dim, len(inputs), join, list(side), [] if uses else parameters, uses, judge, evaluate)

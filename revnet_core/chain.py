@@ -213,9 +213,10 @@ class ChainRun:
         del out
         if root is None or d_target.value is None:
             return
-        d_out = d_target.value.to(dtype, copy=self._replays[index][name].observed)
+        replay = self._replays[index][name]
+        d_out = d_target.value.to(dtype, copy=replay.observed)
         with located(f"couplings[{index}].{name}: "):
-            d_leaf = gradients.collect(getattr(block, name), leaf, root, d_out)
+            d_leaf = gradients.collect(getattr(block, name), replay.trained_parameters, leaf, root, d_out)
         if d_leaf is not None:
             d_source.add(d_leaf)
 

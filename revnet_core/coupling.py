@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from revnet_core.errors import InPlaceError, ShapeError, located
 from revnet_core.precision import Precision
+from revnet_core.walk import first_parameter
 
 PLAIN = Precision()
 NetName = Literal["f", "g"]
@@ -86,7 +87,7 @@ def as_net_input(net: nn.Module, stream: Tensor) -> Tensor:
     """The stream in the dtype that the net computes in: its parameters', unless autocast sees to that."""
     if stream.dtype != torch.float64 and torch.is_autocast_enabled(stream.device.type):
         return stream
-    parameter = next(net.parameters(), None)
+    parameter = first_parameter(net)
     if parameter is None or not parameter.is_floating_point():
         return stream
     return stream.to(parameter.dtype)

@@ -1,8 +1,5 @@
 """Errors of the reversible core. Each message names the block and says what to do instead."""
 
-import contextlib
-from collections.abc import Iterator
-
 
 class ReversibleError(RuntimeError):
     """Something that a reversible sequence cannot do, or found broken."""
@@ -51,10 +48,14 @@ class UnknownModelError(ReversibleError, KeyError):
         return str(self.args[0])
 
 
-@contextlib.contextmanager
-def located(prefix: str) -> Iterator[None]:
-    """Put where it happened in front of the message of a ReversibleError."""
-    try:
-        yield
-    except ReversibleError as error:
-        raise type(error)(f"{prefix}{error}") from None
+class located:
+    """A context that puts where it happened in front of the message of a ReversibleError."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ReversibleError):
+            raise type(error)(f"{self._prefix}{error}") from None

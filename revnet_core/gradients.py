@@ -34,13 +34,19 @@ class Gradients:
     def of_side(self, tensor: Tensor) -> Tensor | None:
         return tensor.grad if self._uses else self._sums.get(tensor)
 
-    def collect(self, net: nn.Module, leaf: Tensor, root: "Tensor | GradientEdge", d_out: Tensor) -> Tensor | None:
+    def collect(
+        self,
+        net: nn.Module,
+        parameters: list[nn.Parameter],
+        leaf: Tensor,
+        root: "Tensor | GradientEdge",
+        d_out: Tensor,
+    ) -> Tensor | None:
         """Add the gradients of one evaluation of `net`, whose output is `root`; returns the one by `leaf`."""
         if self._uses:
-            self._uses.take(net)
+            self._uses.take(parameters)
             torch.autograd.backward(root, d_out)
             return leaf.grad
-        parameters = [p for p in net.parameters() if p.requires_grad]
         _refuse_outside_tensors(net, root, {leaf, *parameters, *self._side})
         with _without_hooks(parameters):
             d_leaf, *rest = torch.autograd.grad(root, [leaf, *parameters, *self._side], d_out, allow_unused=True)

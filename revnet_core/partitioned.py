@@ -15,6 +15,7 @@ from torch import nn
 from torch.autograd.graph import Node, get_gradient_edge
 
 from revnet_core.errors import UnsupportedError
+from revnet_core.walk import modules_of, trained_parameters
 
 # Those of forwards whose graph is alive.
 _open: "weakref.WeakSet[Uses]" = weakref.WeakSet()
@@ -31,7 +32,7 @@ class Uses:
     """How often the parameters of one chain's nets still get a gradient in the backward that runs."""
 
     def __init__(self, nets: Iterable[nn.Module]) -> None:
-        self._counts = Counter(p for net in nets for p in net.parameters() if p.requires_grad)
+        self._counts = Counter(p for net in nets for p in trained_parameters(modules_of(net)))
         # A chain within the recompute of another is walked back at once.
         self._left = Counter(self._counts) if _running else Counter[nn.Parameter]()
         self._node: weakref.ref[Node] | None = None
@@ -60,13 +61,12 @@ class Uses:
             for parameter in self._counts if not _running else ():
                 parameter.ds_grad_is_ready = True  # pyright: ignore[reportAttributeAccessIssue]
 
-    def take(self, net: nn.Module) -> None:
-        """Before one evaluation of `net` hands its gradients over."""
-        for parameter in net.parameters():
-            if parameter.requires_grad:
-                self._left[parameter] -= 1
-                ready = not any(other._left[parameter] for other in _open)
-                parameter.ds_grad_is_ready = ready  # pyright: ignore[reportAttributeAccessIssue]
+    def take(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Before one evaluation of a net with these parameters hands their gradients over."""
+        for parameter in parameters:
+            self._left[parameter] -= 1
+            ready = not any(other._left[parameter] for other in _open)
+            parameter.ds_grad_is_ready = ready  # pyright: ignore[reportAttributeAccessIssue]
 
     def _will_run(self) -> bool:
         node = self._node() if self._node and self._finished_backward != _backward_id() else None

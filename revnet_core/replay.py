@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from revnet_core.errors import ChangedStateError
 from revnet_core.partitioned import is_partitioned
+from revnet_core.walk import modules_of, trained_parameters
 
 # Of these the running statistics can be left alone by one flag; a subclass with a forward of its own may not heed it.
 _FLAGGED_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
@@ -46,16 +47,20 @@ class Replay:
         self._net = net
         self._device = device
         self._same_graph = same_graph
-        self._modules = tuple(net.modules())
-        self._training = tuple(module.training for module in self._modules)
+        self._modules = modules_of(net)
+        self._training = [module.training for module in self._modules]
         self._cpu_state: Tensor | None = None
         self._cuda_state: Tensor | None = None
         self._parameters: list[_Held] = []
-        self._buffers = [_Held(m, name, b, None) for m, name, b in self._read_buffers() if not _is_flagged(m)]
+        self._buffers: list[_Held] | None = None
         self.observed = any(
             m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
             for m in self._modules
         )
+
+    @property
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return trained_parameters(self._modules)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -99,6 +104,8 @@ class Replay:
                 else:
                     undo.callback(setattr, module, "track_running_stats", True)
                     module.track_running_stats = False  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+            if self._buffers is None:  # nothing was recorded
+                self._buffers = [_Held(m, name, b, None) for m, name, b in self._read_buffers() if not _is_flagged(m)]
             for module, name, tensor, version in self._buffers:
                 undo.callback(module._buffers.__setitem__, name, module._buffers[name])
                 module._buffers[name] = tensor.clone() if version is None else tensor
@@ -120,7 +127,7 @@ class Replay:
         for held in self._parameters:
             if change := _change_of(held, held.module._parameters):
                 self._refuse("parameter", held, change)
-        for held in self._buffers:
+        for held in self._buffers or ():
             # One that was replaced is still held here, as it was.
             if held.version is not None and held.version != _version_of(held.tensor):
                 self._refuse("buffer", held, "changed in place")
