@@ -55,6 +55,9 @@ class AdditiveCoupling(nn.Module):
         calls only.
         """
         net: nn.Module = getattr(self, name)
+        if torch.compiler.is_compiling():
+            # The compiler drops the copy where F leaves it alone.
+            return _checked(net, source, net(as_net_input(net, source).clone(), **side))
         given = as_net_input(net, source)
         mutates = self._mutates_input[name]
         if given is source and (own_copy or mutates is not False):
@@ -70,24 +73,28 @@ class AdditiveCoupling(nn.Module):
                     f"{type(net).__name__} changed its input in place, which it did not do in its first "
                     f"call. Put a clone() in front of the in-place operation."
                 )
-        if not isinstance(out, Tensor) or out.shape != source.shape:
-            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise ShapeError(
-                f"{type(net).__name__} turned {tuple(source.shape)} into {got}; inside a coupling the shape "
-                "must stay. Put strides and changes of width between sequences, where activations are stored."
-            )
-        return out
+        return _checked(net, source, out)
 
     def _residual(self, name: NetName, source: Tensor, precision: Precision, side: dict[str, Any]) -> Tensor:
         with located(f"{name}: "):
             return precision.residual(self.evaluate(name, source, side))
 
 
+def _checked(net: nn.Module, source: Tensor, out: object) -> Tensor:
+    if isinstance(out, Tensor) and out.shape == source.shape:
+        return out
+    got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+    raise ShapeError(
+        f"{type(net).__name__} turned {tuple(source.shape)} into {got}; inside a coupling the shape "
+        "must stay. Put strides and changes of width between sequences, where activations are stored."
+    )
+
+
 def as_net_input(net: nn.Module, stream: Tensor) -> Tensor:
     """The stream in the dtype that the net computes in: its parameters', unless autocast sees to that."""
     if stream.dtype != torch.float64 and torch.is_autocast_enabled(stream.device.type):
         return stream
-    parameter = first_parameter(net)
+    parameter = next(net.parameters(), None) if torch.compiler.is_compiling() else first_parameter(net)
     if parameter is None or not parameter.is_floating_point():
         return stream
     return stream.to(parameter.dtype)

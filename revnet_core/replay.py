@@ -67,7 +67,7 @@ class Replay:
         cpu_state = torch.get_rng_state()
         cuda_state = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
         before = [
-            (_Held(m, name, b, _version_of(b)), None if _is_flagged(m) else b.clone())
+            (_Held(m, name, b, _version_of(b)), None if is_flagged(m) else b.clone())
             for m, name, b in self._read_buffers()
         ]
         yield
@@ -97,7 +97,7 @@ class Replay:
                 if module.training != training:
                     undo.callback(setattr, module, "training", module.training)
                     module.training = training
-                if not (_is_flagged(module) and module.training and module.track_running_stats):
+                if not (is_flagged(module) and module.training and module.track_running_stats):
                     continue
                 if self._same_graph:
                     self._swap_buffers(module, undo)
@@ -105,7 +105,7 @@ class Replay:
                     undo.callback(setattr, module, "track_running_stats", True)
                     module.track_running_stats = False  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
             if self._buffers is None:  # nothing was recorded
-                self._buffers = [_Held(m, name, b, None) for m, name, b in self._read_buffers() if not _is_flagged(m)]
+                self._buffers = [_Held(m, name, b, None) for m, name, b in self._read_buffers() if not is_flagged(m)]
             for module, name, tensor, version in self._buffers:
                 undo.callback(module._buffers.__setitem__, name, module._buffers[name])
                 module._buffers[name] = tensor.clone() if version is None else tensor
@@ -144,7 +144,7 @@ class Replay:
     def _read_buffers(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
         """Every buffer but those that batch norm in training mode writes and does not read."""
         for module, training in zip(self._modules, self._training, strict=True):
-            if module._buffers and not (training and _is_flagged(module)):
+            if module._buffers and not (training and is_flagged(module)):
                 for name, buffer in module._buffers.items():
                     if buffer is not None:
                         yield module, name, buffer
@@ -160,7 +160,7 @@ def _change_of(held: _Held, tensors: Mapping[str, Tensor | None]) -> str | None:
     return "changed in place" if _version_of(held.tensor) != held.version else None
 
 
-def _is_flagged(module: nn.Module) -> bool:
+def is_flagged(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and type(module).forward in _FLAGGED_FORWARDS
 
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from revnet_core.backprop import backpropagate
 from revnet_core.budget import Budgeted, SavedBytes
 from revnet_core.chain import Block, ChainRun, Streams, split
+from revnet_core.compiled import register, run_compiled
 from revnet_core.errors import ShapeError, UnsupportedError, located
 from revnet_core.exactness import Verdict
 from revnet_core.offload import offloaded
@@ -60,6 +61,7 @@ class ReversibleSequence(nn.Module):
         self.activations = activations
         self.precision = precision
         self._unread: list[Verdict] = []
+        self._number = register(self.couplings)
 
     @property
     def activations(self) -> str | Budgeted:
@@ -82,8 +84,11 @@ class ReversibleSequence(nn.Module):
         float64 would be narrowed, ReconstructionError for an earlier backward on a device other than the CPU.
         """
         inputs = self._check(x)
-        self._read_verdicts(wait=False)
         device = inputs[0].device
+        if torch.compiler.is_compiling():
+            with self.precision.autocast(device.type):
+                return self._forward_compiled(tuple(self.precision.enter(tensor) for tensor in inputs), side)
+        self._read_verdicts(wait=False)
         with self.precision.autocast(device.type):
             inputs = tuple(self.precision.enter(_dense(tensor)) for tensor in inputs)
             saving = torch.is_grad_enabled() and self._needs_gradients(inputs, side)
@@ -138,6 +143,10 @@ class ReversibleSequence(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_unread": []}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._number = register(self.couplings)
+
     def _chain(self) -> list[Block]:
         return list(self.couplings)  # pyright: ignore[reportReturnType]
 
@@ -162,6 +171,20 @@ class ReversibleSequence(nn.Module):
         kinds = tuple((t.shape, t.dtype, t.device) for t in inputs)
         learning = sum(p.requires_grad for p in self.parameters())
         return kinds, self.training, learning, AutocastState.of(inputs[0].device)
+
+    def _forward_compiled(self, inputs: tuple[Tensor, ...], side: dict[str, Any]) -> Tensor | Streams:
+        saving = torch.is_grad_enabled() and self._needs_gradients(inputs, side)
+        activations = "budgeted" if isinstance(self._activations, Budgeted) else self._activations
+        s1, s2 = run_compiled(
+            self._number,
+            self.couplings,
+            activations,
+            self.precision,
+            inputs if len(inputs) == 2 else inputs[0].chunk(2, self.split_dim or 0),  # pyright: ignore[reportArgumentType]
+            side,
+            saving=saving,
+        )
+        return self._join(s1, s2)
 
     def _judge(self, verdict: Verdict) -> None:
         self._unread.append(verdict)
