@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := python3 -m pip --python $(BIN)/python --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: study test lint types clean
+.PHONY: study test peers lint types clean
 .DELETE_ON_ERROR:
 
 study: $(VENV)/ready
@@ -11,6 +11,11 @@ study: $(VENV)/ready
 
 test: $(VENV)/ready-test
 	$(BIN)/python -m pytest
+
+# On a machine that does other work too, threads that wait for each other by spinning make every step many times slower.
+# 99 silences the profiler, which reports each of its starts.
+peers: $(VENV)/ready-peers
+	OMP_WAIT_POLICY=PASSIVE KINETO_LOG_LEVEL=99 $(BIN)/python -m studies.peers
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
@@ -35,6 +40,11 @@ $(VENV)/ready: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/ready-test: $(VENV)/ready
 	$(PIP) --editable '.[test]'
+	touch $@
+
+# Without their dependencies; see the extra `peers` in pyproject.toml.
+$(VENV)/ready-peers: $(VENV)/ready
+	$(PIP) --no-deps memcnn revtorch
 	touch $@
 
 $(VENV)/ready-dev: $(VENV)/ready-test
