@@ -12,10 +12,14 @@ study: $(VENV)/ready
 test: $(VENV)/ready-test
 	$(BIN)/python -m pytest
 
-# On a machine that does other work too, threads that wait for each other by spinning make every step many times slower.
-# 99 silences the profiler, which reports each of its starts.
+# Threads that wait for each other by spinning make a step many times slower while another process uses the cores. Memory
+# that the allocator gives back after one contender's step costs the next one page faults. 99: the profiler is silent.
+peers: export OMP_WAIT_POLICY := PASSIVE
+peers: export MALLOC_TRIM_THRESHOLD_ := 4000000000
+peers: export MALLOC_MMAP_THRESHOLD_ := 33554432
+peers: export KINETO_LOG_LEVEL := 99
 peers: $(VENV)/ready-peers
-	OMP_WAIT_POLICY=PASSIVE KINETO_LOG_LEVEL=99 $(BIN)/python -m studies.peers
+	$(BIN)/python -m studies.peers
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .

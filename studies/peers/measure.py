@@ -6,6 +6,7 @@ that what else happens on the machine falls on all of them; only ratios within a
 
 import copy
 import importlib.metadata
+import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,7 @@ Gradients = dict[str, Tensor]
 @dataclass(frozen=True, kw_only=True)
 class Figures:
     """step_s                   one for each round
+    page_faults              of the process during that step; each is a page that the allocator had given back
     activation_peak_bytes    highest rise during forward and backward, gradients allocated before
     activation_saved_bytes   alive between forward and backward
     slope_bytes_per_block    of the activation peak, from half of the blocks to all of them
@@ -43,6 +45,7 @@ class Figures:
     """
 
     step_s: list[float]
+    page_faults: list[int]
     activation_peak_bytes: int
     activation_saved_bytes: int
     slope_bytes_per_block: float
@@ -102,14 +105,15 @@ def compare(workload: Workload, *, rounds: int, contenders: Sequence[Contender] 
                 raise
             reasons[contender.name] = f"{type(error).__name__}: {error}"
     able = [contender for contender in contenders if contender.name in models]
-    step_s = _time(models, batch, rounds)
+    timed = _time(models, batch, rounds)
     memory = {name: _memory(model, batch) for name, model in models.items()}
     half = Workload(**vars(workload) | {"blocks": workload.blocks // 2})
     half_peak_bytes = {c.name: _memory(_warm(half.parts(), c, batch), batch).activation_peak_bytes for c in able}
     errors = _errors(parts, batch, able)
     figures = {
         name: Figures(
-            step_s=step_s[name],
+            step_s=timed[name].step_s,
+            page_faults=timed[name].page_faults,
             activation_peak_bytes=memory[name].activation_peak_bytes,
             activation_saved_bytes=memory[name].activation_saved_bytes,
             slope_bytes_per_block=(memory[name].activation_peak_bytes - half_peak_bytes[name])
@@ -148,13 +152,28 @@ def _step(model: Model, batch: Batch) -> None:
     model.zero_grad(set_to_none=False)
 
 
-def _time(models: dict[str, Model], batch: Batch, rounds: int) -> dict[str, list[float]]:
+@dataclass(frozen=True)
+class _Timed:
+    step_s: list[float]
+    page_faults: list[int]
+
+
+def _time(models: dict[str, Model], batch: Batch, rounds: int) -> dict[str, _Timed]:
     steps: dict[str, Callable[[], None]] = {name: partial(_step, model, batch) for name, model in models.items()}
-    step_s: dict[str, list[float]] = {name: [] for name in models}
+    # Once more now that all models and gradients are there: the heap that the rounds will find.
+    for step in steps.values():
+        step()
+    timed = {name: _Timed([], []) for name in models}
     for round_ in range(rounds):
         for name in interleaved(list(models), round_):
-            step_s[name].append(time_step(CPU, steps[name]))
-    return step_s
+            before = _page_faults()
+            timed[name].step_s.append(time_step(CPU, steps[name]))
+            timed[name].page_faults.append(_page_faults() - before)
+    return timed
+
+
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def _memory(model: Model, batch: Batch) -> MemoryUse:

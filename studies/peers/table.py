@@ -16,7 +16,9 @@ from studies.peers.measure import CPU, Comparison, Row, quartiles
 
 MIB = 2**20
 KIB = 2**10
-WIDTH = 160
+TABLE, LINE = 160, 120
+# A step whose memory was kept has fewer than 20; one that gets it anew, tens of thousands.
+MANY_PAGE_FAULTS = 2000
 OURS = "ours: reconstructed"
 PEERS = [contender.name for contender in CONTENDERS if contender.package]
 
@@ -31,11 +33,12 @@ def as_text(comparison: Comparison) -> str:
     table.add_column("to float64", justify="right", no_wrap=True)
     for row in comparison.rows:
         table.add_row(*_cells(comparison, row))
-    console = Console(file=io.StringIO(), width=WIDTH)
+    console = Console(file=io.StringIO(), width=TABLE)
     console.print(table)
     assert isinstance(console.file, io.StringIO)
     lines = [line.rstrip() for line in console.file.getvalue().splitlines() if line.strip()]
-    return "\n".join([*lines, "", *_reasons(comparison), *_note(comparison), *_head_to_head(comparison)])
+    rest = [*_reasons(comparison), *_faulting(comparison), *_note(comparison), *_head_to_head(comparison)]
+    return "\n".join([*lines, "", *rest])
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
@@ -77,6 +80,16 @@ def _reasons(comparison: Comparison) -> list[str]:
     return [*lines, ""] if lines else []
 
 
+def _faulting(comparison: Comparison) -> list[str]:
+    faults = {row.name: quartiles(row.figures.page_faults)[1] for row in comparison.rows if row.figures}
+    named = ", ".join(f"{name} {count:.0f}" for name, count in faults.items() if count > MANY_PAGE_FAULTS)
+    if not named:
+        return []
+    text = f"""Page faults a step: {named}. The allocator gave memory back between steps, and whoever needs it again
+        pays, whoever freed it. `make peers` keeps it from doing so."""
+    return _wrapped(text)
+
+
 def _note(comparison: Comparison) -> list[str]:
     load = comparison.workload
     note = f"""{load.blocks} couplings, {load.channels} channels in all, batch {load.batch_size}, {load.image_size} x
@@ -87,7 +100,11 @@ def _note(comparison: Comparison) -> list[str]:
         {comparison.block_gradient_bytes / KIB:.1f} KiB. Gradient error: relative L2 of all parameters' gradients
         against stored of the same arithmetic; to float64: against stored in float64, so that stored's own is the floor,
         and exact's holds what rounding to the grid changes in the forward."""
-    return [*textwrap.wrap(" ".join(note.split()), 120), ""]
+    return _wrapped(note)
+
+
+def _wrapped(text: str) -> list[str]:
+    return [*textwrap.wrap(" ".join(text.split()), LINE), ""]
 
 
 def _wait_policy() -> str:

@@ -1,6 +1,7 @@
 """The comparison with other libraries: same network, same gradients, a row for everyone, and a wrong one is seen."""
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -138,6 +139,16 @@ def test_the_table_has_a_row_for_each_contender(comparison: Comparison) -> None:
     measured = [row.name for row in comparison.rows if row.figures]
     assert measured == [*(c.name for c in CONTENDERS if c.package not in MISSING), "wrong"]
     assert all(len(figures_of(comparison, name).step_s) == 2 for name in measured)
+
+
+def test_page_faults_are_reported_when_they_are_many(comparison: Comparison) -> None:
+    def with_faults(count: int) -> Comparison:
+        figures = dataclasses.replace(figures_of(comparison, OURS), page_faults=[count, count])
+        rows = [dataclasses.replace(row, figures=figures) if row.name == OURS else row for row in comparison.rows]
+        return dataclasses.replace(comparison, rows=rows)
+
+    assert f"Page faults a step: {OURS} 70000." in as_text(with_faults(70000))
+    assert "Page faults" not in as_text(with_faults(3))
 
 
 def test_what_cannot_run_is_named_with_its_reason(comparison: Comparison) -> None:
