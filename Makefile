@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := python3 -m pip --python $(BIN)/python --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: study test lint types clean
+.PHONY: study test peers lint types clean
 .DELETE_ON_ERROR:
 
 study: $(VENV)/ready
@@ -11,6 +11,15 @@ study: $(VENV)/ready
 
 test: $(VENV)/ready-test
 	$(BIN)/python -m pytest
+
+# Threads that wait for each other by spinning make a step many times slower while another process uses the cores. Memory
+# that the allocator gives back after one contender's step costs the next one page faults. 99: the profiler is silent.
+peers: export OMP_WAIT_POLICY := PASSIVE
+peers: export MALLOC_TRIM_THRESHOLD_ := 4000000000
+peers: export MALLOC_MMAP_THRESHOLD_ := 33554432
+peers: export KINETO_LOG_LEVEL := 99
+peers: $(VENV)/ready-peers
+	$(BIN)/python -m studies.peers
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
@@ -35,6 +44,11 @@ $(VENV)/ready: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/ready-test: $(VENV)/ready
 	$(PIP) --editable '.[test]'
+	touch $@
+
+# Without their dependencies; see the extra `peers` in pyproject.toml.
+$(VENV)/ready-peers: $(VENV)/ready
+	$(PIP) --no-deps memcnn revtorch
 	touch $@
 
 $(VENV)/ready-dev: $(VENV)/ready-test
