@@ -128,7 +128,9 @@ class ChainRun:
                     s1.replace(y1)
                     s2.replace(y2)
                     continue
-                self._replays.append({name: Replay(getattr(block, name), s1.value.device) for name in ("f", "g")})
+                self._replays.append(
+                    {name: self._new_replay(getattr(block, name), s1.value.device) for name in ("f", "g")}
+                )
                 self._forward_half(index, block, "f", s2, s1, evaluate)
                 self._forward_half(index, block, "g", s1, s2, evaluate)
         return s1.value, s2.value
@@ -172,6 +174,9 @@ class ChainRun:
         run = copy.copy(self)
         run.side = self.side | tensors
         return run
+
+    def _new_replay(self, net: nn.Module, device: torch.device) -> Replay:
+        return Replay(net, device, bitwise=self.precision.exact)
 
     def _forward_half(
         self,

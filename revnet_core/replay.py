@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from revnet_core.errors import ChangedStateError
+from revnet_core.norms import NormReplay
 from revnet_core.partitioned import is_partitioned
 from revnet_core.walk import modules_of, trained_parameters
 
@@ -38,12 +39,14 @@ class Replay:
 
     same_graph: the replay must save the same tensors for backward as the recording, which checkpointing counts;
     batch norm then gets copies of its statistics rather than none, which costs a copy.
+    bitwise: what the replay computes equals the recording bit for bit; otherwise batch norm reuses the statistics that
+    the recording found, which is faster and off by a rounding.
     observed: the net has hooks, which may keep what they see.
 
     `replaying` raises ChangedStateError when a parameter, or a buffer that the recording only read, was changed.
     """
 
-    def __init__(self, net: nn.Module, device: torch.device, *, same_graph: bool = False) -> None:
+    def __init__(self, net: nn.Module, device: torch.device, *, same_graph: bool = False, bitwise: bool = True) -> None:
         self._net = net
         self._device = device
         self._same_graph = same_graph
@@ -53,6 +56,7 @@ class Replay:
         self._cuda_state: Tensor | None = None
         self._parameters: list[_Held] = []
         self._buffers: list[_Held] | None = None
+        self._norms = None if bitwise or not self._has_batch_norm() else NormReplay()
         self.observed = any(
             m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
             for m in self._modules
@@ -70,7 +74,8 @@ class Replay:
             (_Held(m, name, b, _version_of(b)), None if is_flagged(m) else b.clone())
             for m, name, b in self._read_buffers()
         ]
-        yield
+        with self._norms.recording() if self._norms else contextlib.nullcontext():
+            yield
         if not torch.equal(cpu_state, torch.get_rng_state()):
             self._cpu_state = cpu_state
         if cuda_state is not None and not torch.equal(cuda_state, torch.cuda.get_rng_state(self._device)):
@@ -115,7 +120,18 @@ class Replay:
             if self._cuda_state is not None:
                 undo.callback(torch.cuda.set_rng_state, torch.cuda.get_rng_state(self._device), self._device)
                 torch.cuda.set_rng_state(self._cuda_state, self._device)
+            if self._norms:
+                undo.enter_context(self._norms.replaying())
             yield
+
+    def _has_batch_norm(self) -> bool:
+        """That is not compiled: a graph has no place for a change of its operations."""
+        found = False
+        for module in self._modules:
+            if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+                return False
+            found = found or isinstance(module, _BatchNorm)
+        return found
 
     def _swap_buffers(self, module: nn.Module, undo: contextlib.ExitStack) -> None:
         for name, buffer in module._buffers.items():
