@@ -115,7 +115,7 @@ def _observed_forward(
         given = [precision.enter(t) for t in (x if isinstance(x, tuple) else (x,))]
         streams = run.forward(
             buffers(given, sequence.split_dim or 0),
-            observe=lambda block, s: inputs.update({block: (s[0].clone(), s[1].clone())}),
+            lambda block, s: inputs.update({block: (s[0].clone(), s[1].clone())}),
         )
     return run, streams
 

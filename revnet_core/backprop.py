@@ -1,18 +1,19 @@
-"""Backward without stored activations: one autograd function over a whole chain of blocks.
+"""Backward without stored activations: a node of autograd's graph for each block, and one state that they share.
 
-The forward keeps the chain's output and nothing else; the backward walks from the last block to the first.
+The forward keeps the chain's output and nothing else. The nodes are tied together by tokens, tensors without contents:
+the streams and their gradients lie in buffers of the chain's own, which the backward of each node takes one block back.
+So each block's gradients reach the parameters, and whoever waits for them there (DDP, say), before the next block is
+walked.
 """
 
-import contextlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from revnet_core.chain import ChainRun, Derivative, Evaluator, buffers, derivatives
+from revnet_core.chain import ChainRun, Derivatives, Evaluator, buffers, derivatives
 from revnet_core.errors import DoubleBackwardError
-from revnet_core.exactness import Verdict
+from revnet_core.exactness import Judge
 from revnet_core.gradients import Gradients
 from revnet_core.partitioned import Uses, is_partitioned
 from revnet_core.walk import modules_of, trained_parameters
@@ -24,7 +25,7 @@ def backpropagate(
     *,
     split_dim: int,
     join: bool,
-    judge: Callable[[Verdict], None],
+    judge: Judge,
     evaluate: Evaluator | None = None,
 ) -> tuple[Tensor, ...]:
     """Run the chain so that backward rebuilds what it needs.
@@ -36,48 +37,131 @@ def backpropagate(
     Raises DoubleBackwardError, OutsideTensorError and what `judge` raises in the backward.
     """
     side = {name: value for name, value in run.side.items() if isinstance(value, Tensor)}
-    parameters = trained_parameters(modules_of(*run.blocks))
-    # A partitioned parameter cannot be a function's input.
-    uses = Uses(run.nets()) if any(map(is_partitioned, parameters)) else None
-    call = _Call(run, split_dim, len(inputs), join, list(side), [] if uses else parameters, uses, judge, evaluate)
-    # Without parameters among its inputs the function needs something else to be differentiated by.
-    anchor = torch.empty((), device=inputs[0].device, requires_grad=True) if uses else None
-    outputs: Any = _Chain.apply(call, *inputs, anchor, *side.values(), *call.parameters)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    if uses:
-        uses.belong_to(outputs[0].grad_fn)
+    walk = _Walk(run, split_dim, list(side), judge, evaluate)
+    # A partitioned parameter cannot be a node's input, so something else has to ask for a gradient.
+    anchor = torch.empty((), device=inputs[0].device, requires_grad=walk.uses is not None)
+    token: Any = _Open.apply(walk, anchor, *inputs)
+    for index in range(len(run.blocks)):
+        token = _Block.apply(walk, index, token, *side.values(), *walk.parameters(index))
+    outputs: Any = _Close.apply(walk, join, token, *side.values())
+    if walk.uses:
+        walk.uses.belong_to(outputs[0].grad_fn)
     return outputs
 
 
-class _Call(NamedTuple):
-    run: ChainRun
-    split_dim: int
-    inputs: int
-    join: bool
-    side_names: list[str]
-    parameters: list[nn.Parameter]
-    uses: Uses | None
-    judge: Callable[[Verdict], None]
-    evaluate: Evaluator | None
+class _Walk:
+    """What the nodes of one forward share: between the forward's nodes the streams, between the backward's also the
+    gradients by them."""
+
+    def __init__(
+        self, run: ChainRun, split_dim: int, side_names: list[str], judge: Judge, evaluate: Evaluator | None
+    ) -> None:
+        self.run = run
+        self.split_dim = split_dim
+        self.side_names = side_names
+        self.evaluate = evaluate
+        self._judge = judge
+        self._parameters = [trained_parameters(modules_of(block)) for block in run.blocks]
+        partitioned = any(is_partitioned(p) for parameters in self._parameters for p in parameters)
+        self.uses = Uses(run.nets()) if partitioned else None
+        self._gradients: Derivatives | None = None
+        self._side: list[Tensor] = []
+        self._last = True
+        # The blocks from this one on have been walked back.
+        self._walked = len(run.blocks)
+
+    def parameters(self, index: int) -> list[nn.Parameter]:
+        """Those that are inputs of the block's node."""
+        return [] if self.uses else self._parameters[index]
+
+    def start_back(self, outputs: list[Tensor], grads: list[Tensor | None], side: list[Tensor], *, last: bool) -> None:
+        """last: the graph is not retained, so what a block leaves behind may be forgotten with it."""
+        self.run.streams, self._walked = buffers(outputs, self.split_dim), len(self.run.blocks)
+        self._gradients = derivatives(grads, self.split_dim)
+        self._side, self._last = side, last
+        # Whatever becomes of this backward, its buffers end with it.
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_back)
+        if self.uses:
+            self.uses.start()
+
+    def step_back(self, index: int) -> Gradients:
+        assert self._gradients is not None
+        gradients = Gradients(self._side, self.uses)
+        run = self.run.with_side(dict(zip(self.side_names, self._side, strict=True)))
+        run.back(index, self._gradients, gradients, forget=self._last)
+        self._walked = index
+        return gradients
+
+    def finish_back(self, joined: bool) -> tuple[Tensor | None, ...]:
+        """The gradients by the chain's inputs."""
+        assert self._gradients is not None
+        d1, d2 = self._gradients
+        by_inputs = (_joined(d1.value, d2.value, self.split_dim),) if joined else (d1.value, d2.value)
+        self._end_back()
+        return by_inputs
+
+    def _end_back(self) -> None:
+        if self.run.streams is None:
+            return
+        if self.run.precision.exact:
+            self._verify()
+        self.run.streams = self._gradients = None
+        self._side = []
+        if self.uses:
+            self.uses.finish()
+
+    def _verify(self) -> None:
+        """Walk the rest of the way, which a backward by some of the parameters leaves, and judge."""
+        assert self.run.streams is not None
+        run = self.run.with_side(dict(zip(self.side_names, self._side, strict=True)))
+        run.rebuild(self.run.streams, end=self._walked)
+        if verdict := run.verdict():
+            self._judge(verdict)
 
 
-class _Chain(torch.autograd.Function):
+class _Open(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, walk: _Walk, anchor: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.walk, ctx.joined = walk, len(inputs) == 1
+        walk.run.open(buffers(list(inputs), walk.split_dim))
+        return torch.empty_like(anchor)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        return None, None, *ctx.walk.finish_back(ctx.joined)
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, walk: _Walk, index: int, token: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.walk, ctx.index = walk, index
+        walk.run.step(index, walk.evaluate)
+        return torch.empty_like(token)
+
+    @staticmethod
+    def backward(ctx: Any, *token: Tensor) -> Any:
+        walk: _Walk = ctx.walk
+        gradients = walk.step_back(ctx.index)
+        by_parameters = map(gradients.of_parameter, walk.parameters(ctx.index))
+        return None, None, token[0], *gradients.by_side(), *by_parameters
+
+
+class _Close(torch.autograd.Function):
     # The gradients come in a list that the backward empties: they would live until its end otherwise.
     boxed_grads_call = True
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> Any:
-        given, side = list(tensors[: call.inputs]), tensors[call.inputs + 1 :][: len(call.side_names)]
-        outputs = call.run.forward(buffers(given, call.split_dim), evaluate=call.evaluate)
-        if call.join:
-            outputs = (torch.cat(outputs, dim=call.split_dim),)
-        ctx.call = call
+    def forward(ctx: Any, walk: _Walk, join: bool, token: Tensor, *side: Tensor) -> tuple[Tensor, ...]:
+        outputs = walk.run.close()
+        if join:
+            outputs = (torch.cat(outputs, dim=walk.split_dim),)
+        ctx.walk = walk
         ctx.set_materialize_grads(False)
         # Also for autograd's check that nobody changed them before the backward.
         ctx.save_for_backward(*outputs, *side)
-        for name in call.side_names:
-            del call.run.side[name]
-        return outputs if len(outputs) > 1 else outputs[0]
+        for name in walk.side_names:
+            del walk.run.side[name]
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
@@ -86,35 +170,22 @@ class _Chain(torch.autograd.Function):
                 "a gradient of a gradient (create_graph=True) cannot pass reconstructed activations. "
                 "Set activations='stored' or 'checkpointed' for this sequence."
             )
-        call: _Call = ctx.call
         grads: list[Tensor | None] = grad_outputs[0] if isinstance(grad_outputs[0], list) else list(grad_outputs)
         saved = list(ctx.saved_tensors)
-        if not torch._C._autograd._get_current_graph_task_keep_graph():  # pyright: ignore[reportAttributeAccessIssue]
+        last = not torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
+        if last:
             ctx.maybe_clear_saved_tensors()
-        outputs, saved_side = saved[: len(grads)], saved[len(grads) :]
+        outputs, side = saved[: len(grads)], saved[len(grads) :]
         del saved
-        needs_inputs = ctx.needs_input_grad[1 : 1 + call.inputs]
-        side = {
-            name: tensor.detach().requires_grad_(need)
-            for name, tensor, need in zip(
-                call.side_names, saved_side, ctx.needs_input_grad[2 + call.inputs :], strict=False
-            )
-        }
-        gradients = Gradients(side.values(), call.uses)
-        d1, d2 = derivatives(grads, call.split_dim)
-        with call.uses.running() if call.uses else contextlib.nullcontext():
-            verdict = call.run.with_side(side).backward(buffers(outputs, call.split_dim), (d1, d2), gradients)
-        if verdict is not None:
-            call.judge(verdict)
-        by_inputs: tuple[Tensor | None, ...] = d1.value, d2.value
-        if call.inputs == 1:
-            by_inputs = (_joined(d1, d2, call.split_dim) if needs_inputs[0] else None,)
-        by_side, by_parameters = map(gradients.of_side, side.values()), map(gradients.of_parameter, call.parameters)
-        return None, *by_inputs, None, *by_side, *by_parameters
+        token = torch.empty((), device=outputs[0].device)
+        needs = ctx.needs_input_grad[3:]
+        leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(side, needs, strict=True)]
+        ctx.walk.start_back(outputs, grads, leaves, last=last)
+        return None, None, token, *[None] * len(side)
 
 
-def _joined(d1: Derivative, d2: Derivative, dim: int) -> Tensor | None:
-    known = d1.value if d1.value is not None else d2.value
+def _joined(d1: Tensor | None, d2: Tensor | None, dim: int) -> Tensor | None:
+    known = d1 if d1 is not None else d2
     if known is None:
         return None
-    return torch.cat([torch.zeros_like(known) if d.value is None else d.value for d in (d1, d2)], dim=dim)
+    return torch.cat([torch.zeros_like(known) if d is None else d for d in (d1, d2)], dim=dim)

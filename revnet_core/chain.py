@@ -96,50 +96,65 @@ def derivatives(tensors: list[Tensor | None], split_dim: int) -> Derivatives:
 
 
 class ChainRun:
-    """One forward through a chain of blocks, and what is needed to walk back."""
+    """One forward through a chain of blocks, and what is needed to walk back; block by block, or at once.
+
+    streams  where the walk is: the two streams between the blocks before and behind; None when it is nowhere
+    """
 
     def __init__(self, blocks: Sequence[Block], precision: Precision, side: dict[str, Any]) -> None:
         self.blocks = blocks
         self.precision = precision
         self.side = dict(side)
+        self.streams: Buffers | None = None
         self._replays: list[dict[NetName, Replay]] = []
         self._autocast: AutocastState | None = None
         self._watch: GridWatch | None = None
 
-    def forward(
-        self, streams: Buffers, *, observe: Observer | None = None, evaluate: Evaluator | None = None
-    ) -> Streams:
-        """The chain's output. Call without grad.
-
-        evaluate: makes the evaluations of F and G, in place of a plain call.
-        """
-        s1, s2 = streams
+    def open(self, streams: Buffers) -> None:
+        """Begin the forward. Call this, `step` and `close` without grad."""
+        self.streams = s1, s2 = streams
         self._autocast = AutocastState.of(s1.value.device)
         if self.precision.exact:
             self._watch = GridWatch(self.precision, s1.value, s2.value, len(self.blocks))
+
+    def step(self, index: int, evaluate: Evaluator | None = None) -> None:
+        """One block forward. evaluate: makes the evaluations of F and G, in place of a plain call."""
+        assert self._autocast is not None
+        assert self.streams is not None
+        block, (s1, s2) = self.blocks[index], self.streams
         with self._autocast.restored():
-            for index, block in enumerate(self.blocks):
-                if observe:
-                    observe(index, (s1.value, s2.value))
-                if isinstance(block, SpaceToDepth):
-                    self._replays.append({})
-                    with located(f"couplings[{index}]: "):
-                        y1, y2 = block(s1.value, s2.value)
-                    s1.replace(y1)
-                    s2.replace(y2)
-                    continue
-                self._replays.append(
-                    {name: self._new_replay(getattr(block, name), s1.value.device) for name in ("f", "g")}
-                )
-                self._forward_half(index, block, "f", s2, s1, evaluate)
-                self._forward_half(index, block, "g", s1, s2, evaluate)
+            if isinstance(block, SpaceToDepth):
+                self._replays.append({})
+                with located(f"couplings[{index}]: "):
+                    y1, y2 = block(s1.value, s2.value)
+                s1.replace(y1)
+                s2.replace(y2)
+                return
+            self._replays.append({name: self._new_replay(getattr(block, name), s1.value.device) for name in ("f", "g")})
+            self._forward_half(index, block, "f", s2, s1, evaluate)
+            self._forward_half(index, block, "g", s1, s2, evaluate)
+
+    def close(self) -> Streams:
+        """End the forward; returns the chain's output."""
+        assert self.streams is not None
+        (s1, s2), self.streams = self.streams, None
         return s1.value, s2.value
 
-    def rebuild(self, streams: Buffers, observe: Observer | None = None) -> Streams:
-        """The chain's input from its output, by the arithmetic of the backward but without gradients."""
+    def forward(self, streams: Buffers, observe: Observer) -> Streams:
+        """The whole forward at once."""
+        self.open(streams)
+        s1, s2 = streams
+        for index in range(len(self.blocks)):
+            observe(index, (s1.value, s2.value))
+            self.step(index)
+        return self.close()
+
+    def rebuild(self, streams: Buffers, observe: Observer | None = None, *, end: int | None = None) -> Streams:
+        """The chain's input from the output of its first `end` blocks (by default all), by the arithmetic of the
+        backward but without gradients."""
         s1, s2 = streams
         with torch.no_grad():
-            for index, block in reversed(list(enumerate(self.blocks))):
+            for index, block in reversed(list(enumerate(self.blocks[:end]))):
                 if isinstance(block, SpaceToDepth):
                     _restore(block, s1, s2)
                 else:
@@ -149,18 +164,28 @@ class ChainRun:
                     observe(index, (s1.value, s2.value))
         return s1.value, s2.value
 
-    def backward(self, streams: Buffers, derivatives: Derivatives, gradients: Gradients) -> Verdict | None:
-        """Turn the chain's output into its input, and the gradients by the one into those by the other; those by
-        parameters and side inputs go to `gradients`. Returns the verdict on an exact reconstruction."""
-        (s1, s2), (d1, d2) = streams, derivatives
-        for index, block in reversed(list(enumerate(self.blocks))):
-            if isinstance(block, SpaceToDepth):
-                _restore(block, s1, s2)
-                d1.rearrange(block.restore)
-                d2.rearrange(block.restore)
-                continue
-            self._backward_half(index, block, "g", s1, s2, d1, d2, gradients)
-            self._backward_half(index, block, "f", s2, s1, d2, d1, gradients)
+    def back(self, index: int, derivatives: Derivatives, gradients: Gradients, *, forget: bool) -> None:
+        """Take the streams and the gradients by them one block back; those by parameters and side inputs go to
+        `gradients`.
+
+        forget: the block will not be walked again, and leaves nothing behind.
+        """
+        assert self.streams is not None
+        block, (s1, s2), (d1, d2) = self.blocks[index], self.streams, derivatives
+        if isinstance(block, SpaceToDepth):
+            _restore(block, s1, s2)
+            d1.rearrange(block.restore)
+            d2.rearrange(block.restore)
+            return
+        self._backward_half(index, block, "g", s1, s2, d1, d2, gradients)
+        self._backward_half(index, block, "f", s2, s1, d2, d1, gradients)
+        if forget:
+            self._replays[index] = {}
+
+    def verdict(self) -> Verdict | None:
+        """On the exact reconstruction of the chain's input, when all blocks have been walked back."""
+        assert self.streams is not None
+        s1, s2 = self.streams
         return None if self._watch is None else self._watch.verdict(s1.value, s2.value)
 
     def nets(self) -> Iterator[nn.Module]:

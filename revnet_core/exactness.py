@@ -1,5 +1,7 @@
 """Whether an exact reconstruction was exact: noticed on the device, read by the host when it asks."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,10 @@ class Verdict:
             f"Lower grid_bits (now {self._precision.grid_bits}; each step doubles the range), normalize the residuals, "
             "or use torch.use_deterministic_algorithms(True)."
         )
+
+
+# Gets the verdict on each exact reconstruction.
+Judge = Callable[[Verdict], None]
 
 
 class GridWatch:

@@ -1,7 +1,7 @@
-"""Gradients by the parameters of F and G and by the side inputs, summed over a chain."""
+"""Gradients by the parameters of F and G and by the side inputs, summed over one coupling."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,14 @@ from revnet_core.partitioned import Uses
 class Gradients:
     """The sums so far.
 
+    side: leaves that stand for the side inputs.
+
     With `uses` the parameters belong to an engine that partitions them (ZeRO-3): its own hooks must see
     each gradient arrive, so backward runs inside and accumulates in .grad, and nothing is returned.
     """
 
-    def __init__(self, side: Iterable[Tensor], uses: Uses | None) -> None:
+    def __init__(self, side: Sequence[Tensor], uses: Uses | None) -> None:
+        self._all_side = side
         self._side = [tensor for tensor in side if tensor.requires_grad]
         self._uses = uses
         self._sums: dict[Tensor, Tensor] = {}
@@ -31,8 +34,14 @@ class Gradients:
             return torch.zeros_like(parameter)
         return found
 
-    def of_side(self, tensor: Tensor) -> Tensor | None:
-        return tensor.grad if self._uses else self._sums.get(tensor)
+    def by_side(self) -> list[Tensor | None]:
+        """Of each side input; None for one that needs none or was not used."""
+        if not self._uses:
+            return [self._sums.get(tensor) for tensor in self._all_side]
+        found = [tensor.grad for tensor in self._all_side]
+        for tensor in self._all_side:
+            tensor.grad = None
+        return found
 
     def collect(
         self,
@@ -71,7 +80,7 @@ def root_of(out: Tensor) -> "Tensor | GradientEdge | None":
 
 @contextlib.contextmanager
 def _without_hooks(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """The parameters' own hooks see the sum over the chain, when the chain returns it, and not each share of it."""
+    """The parameters' own hooks see what arrives in the end, and not each share of it."""
     hooked = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
     for parameter, _ in hooked:
         parameter._backward_hooks = None

@@ -5,10 +5,9 @@ backward evaluates its nets one by one, so a net that is used twice would be tak
 has a flag for this, `ds_grad_is_ready`: while it is False the shares add up in `.grad`.
 """
 
-import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -43,23 +42,25 @@ class Uses:
         """The node of autograd's graph whose backward walks the chain."""
         self._node = weakref.ref(node)
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Around the chain's backward. Raises UnsupportedError when a parameter gets a gradient outside chains too."""
+    def start(self) -> None:
+        """At the start of the chain's backward. Raises UnsupportedError when a parameter gets a gradient outside of
+        chains too."""
         if not _running:
             self._refuse_uses_outside()
             for other in _open:
                 other._left = Counter(other._counts if other._will_run() else ())
         self._left = Counter(self._counts)
         _running.append(self)
-        try:
-            yield
-        finally:
-            _running.remove(self)
-            self._left.clear()
-            self._finished_backward = _backward_id()
-            for parameter in self._counts if not _running else ():
-                parameter.ds_grad_is_ready = True  # pyright: ignore[reportAttributeAccessIssue]
+
+    def finish(self) -> None:
+        """At its end, whatever came of it; again, it does nothing."""
+        if self not in _running:
+            return
+        _running.remove(self)
+        self._left.clear()
+        self._finished_backward = _backward_id()
+        for parameter in self._counts if not _running else ():
+            parameter.ds_grad_is_ready = True  # pyright: ignore[reportAttributeAccessIssue]
 
     def take(self, parameters: Iterable[nn.Parameter]) -> None:
         """Before one evaluation of a net with these parameters hands their gradients over."""

@@ -56,7 +56,7 @@ class Replay:
         self._cuda_state: Tensor | None = None
         self._parameters: list[_Held] = []
         self._buffers: list[_Held] | None = None
-        self._norms = None if bitwise or not self._has_batch_norm() else NormReplay()
+        self._norms = None if bitwise else NormReplay.of(self._modules)
         self.observed = any(
             m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
             for m in self._modules
@@ -123,15 +123,6 @@ class Replay:
             if self._norms:
                 undo.enter_context(self._norms.replaying())
             yield
-
-    def _has_batch_norm(self) -> bool:
-        """That is not compiled: a graph has no place for a change of its operations."""
-        found = False
-        for module in self._modules:
-            if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
-                return False
-            found = found or isinstance(module, _BatchNorm)
-        return found
 
     def _swap_buffers(self, module: nn.Module, undo: contextlib.ExitStack) -> None:
         for name, buffer in module._buffers.items():
