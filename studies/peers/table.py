@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.measure.machine import describe_git, describe_machine, describe_versions
-from studies.peers.contenders import CONTENDERS, STORED
 from studies.peers.measure import CPU, Comparison, Row, quartiles
 
 MIB = 2**20
@@ -19,15 +18,13 @@ KIB = 2**10
 TABLE, LINE = 160, 120
 # A step whose memory was kept has fewer than 20; one that gets it anew, tens of thousands.
 MANY_PAGE_FAULTS = 2000
-OURS = "ours: reconstructed"
-PEERS = [contender.name for contender in CONTENDERS if contender.package]
 
 
 def as_text(comparison: Comparison) -> str:
     """The table, the note that belongs to it, and our time over each peer's, round by round."""
     table = Table(box=MARKDOWN, show_edge=True)
     table.add_column("contender", no_wrap=True)
-    for heading in ("time / stored [quartiles]", "step ms", "peak MiB", "saved MiB", "slope KiB/block"):
+    for heading in (f"time / {comparison.base} [quartiles]", "step ms", "peak MiB", "saved MiB", "slope KiB/block"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("gradient error", justify="right", no_wrap=True)
     table.add_column("to float64", justify="right", no_wrap=True)
@@ -55,7 +52,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 def _cells(comparison: Comparison, row: Row) -> list[str]:
     name = f"{row.name} {row.version}" if row.version else row.name
     figures = row.figures
-    ratios = comparison.ratios(row.name, STORED.name)
+    ratios = comparison.ratios(row.name, comparison.base)
     if figures is None or ratios is None:
         return [name, "not measured", *[""] * 6]
     return [
@@ -112,5 +109,15 @@ def _wait_policy() -> str:
 
 
 def _head_to_head(comparison: Comparison) -> list[str]:
-    pairs = [(peer, comparison.ratios(OURS, peer)) for peer in PEERS]
-    return [f"time of {OURS} / {peer}, per round: {_spread(ratios)}" for peer, ratios in pairs if ratios]
+    """Each of ours, but for what merely checkpoints, over each peer."""
+    lines = []
+    measured = [row for row in comparison.rows if row.figures]
+    for ours in (row for row in measured if row.name.startswith("ours") and "checkpointed" not in row.name):
+        for peer in (row for row in measured if row.version):
+            ratios = comparison.ratios(ours.name, peer.name)
+            assert ratios
+            assert ours.figures
+            assert peer.figures
+            peak = ours.figures.activation_peak_bytes / peer.figures.activation_peak_bytes
+            lines.append(f"{ours.name} / {peer.name}: time {_spread(ratios)} per round, peak {peak:.2f}")
+    return lines

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from revnet_core.networks.base import conv3x3, residual_function, tail
+from revnet_core.networks.layers import conv, tail
+from revnet_core.networks.units import MEMCNN_BASIC, UnitShape
 from studies.peers.contenders import Build
 
 CLASSES = 10
@@ -26,11 +27,11 @@ class Parts(nn.Module):
 
     def __init__(self, blocks: int, channels: int) -> None:
         super().__init__()
-        half = channels // 2
-        self.stem = conv3x3(3, channels)
-        self.f = nn.ModuleList(residual_function(half, half) for _ in range(blocks))
-        self.g = nn.ModuleList(residual_function(half, half) for _ in range(blocks))
-        self.tail = tail(channels, CLASSES)
+        of_stream = UnitShape(channels // 2, channels // 2, channels // 2)
+        self.stem = conv(3, channels, 3, stride=1)
+        self.f = nn.ModuleList(MEMCNN_BASIC.residual_function(of_stream) for _ in range(blocks))
+        self.g = nn.ModuleList(MEMCNN_BASIC.residual_function(of_stream) for _ in range(blocks))
+        self.tail = tail(channels, CLASSES, nn.BatchNorm2d)
 
 
 class Model(nn.Module):

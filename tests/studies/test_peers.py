@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from revnet_core import audit_gradients
 from studies.peers.contenders import CONTENDERS, STORED, Contender, Pair, PlainChain, reconstructed
 from studies.peers.measure import Comparison, Figures, compare, interleaved, quartiles
-from studies.peers.table import OURS, as_text
+from studies.peers.table import as_text
 from studies.peers.workload import Model, Parts, Workload, gradients_of, loss_of, relative_error
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = Workload(blocks=2, channels=8, batch_size=3, image_size=6)
 BY_NAME = {contender.name: contender for contender in CONTENDERS}
+OURS = "ours: reconstructed"
 EXACT = BY_NAME["ours: exact"]
 PEERS = [contender for contender in CONTENDERS if contender.package]
 MISSING = [c.package for c in PEERS if c.package and importlib.util.find_spec(c.package) is None]
@@ -166,7 +167,7 @@ def test_a_wrong_gradient_is_seen_and_a_right_one_is_not(comparison: Comparison)
     assert f"{figures_of(comparison, 'wrong').gradient_rel:.1e}" in wrong_row
 
 
-def test_stored_grows_by_its_activations_and_reconstructed_by_the_gradients_of_its_parameters() -> None:
+def test_stored_grows_by_its_activations_and_reconstructed_by_its_batch_statistics() -> None:
     # Large enough that the kernels' scratch, which is that of one block, decides nothing.
     load = Workload(blocks=4, channels=8, batch_size=4, image_size=16)
     measured = compare(load, rounds=1, contenders=(STORED, BY_NAME[OURS]))
@@ -175,8 +176,9 @@ def test_stored_grows_by_its_activations_and_reconstructed_by_the_gradients_of_i
     # block's streams are the next one's inputs.
     slope = figures_of(measured, STORED.name).slope_bytes_per_block
     assert slope == pytest.approx(2 * 4 * stream_bytes, rel=0.05)
+    # Of each of four batch norms the mean and the deviation of half of the channels, in fp32.
     slope = figures_of(measured, OURS).slope_bytes_per_block
-    assert slope == pytest.approx(measured.block_gradient_bytes, rel=0.5)
+    assert 0 <= slope <= 4 * 2 * 4 * load.channels // 2
 
 
 def test_ratios_are_within_rounds(comparison: Comparison) -> None:
