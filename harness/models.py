@@ -8,6 +8,7 @@ from torch import nn
 
 from harness.errors import ModelError
 from revnet_core import (
+    Budgeted,
     DepthError,
     Precision,
     ShapeError,
@@ -43,7 +44,7 @@ def build_model(
     channels: Sequence[int] | None,
     num_classes: int,
     in_channels: int,
-    activations: str,
+    activations: str | Budgeted,
     precision: Precision,
 ) -> nn.Module:
     """The model of a trial; a factory is called with the same keywords (`depth` and `channels` only

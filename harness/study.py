@@ -19,8 +19,9 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from harness.errors import DataError, ModelError, StudyError
 from harness.places import Loc, Places, dotted
+from harness.sizes import Memory
 from harness.study_faults import describe, did_you_mean
-from harness.study_values import Axes, Condition, Memory, Settings, SomeAxes, ZippedAxes, fault_at
+from harness.study_values import Axes, Condition, Settings, SomeAxes, ZippedAxes, fault_at
 from harness.trials import AXES, DataSpec, DeepSpeedConfig, TrialSpec
 from harness.yaml_lines import read_yaml
 

@@ -1,17 +1,14 @@
-"""What may stand in a study: axes, settings, conditions and amounts of memory, as types that pydantic checks."""
+"""What may stand in a study: axes, settings and conditions, as types that pydantic checks."""
 
-import re
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from harness.places import Loc
 from harness.study_faults import did_you_mean
 from harness.trials import AXES, SECTIONS, axis_value
-
-_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 def fault_at(problem: str, loc: Loc, given: object) -> InitErrorDetails:
@@ -75,40 +72,9 @@ def _check_lengths(axes: dict[str, list[Any]]) -> dict[str, list[Any]]:
     return axes
 
 
-def parse_memory(value: object) -> int | None:
-    """Bytes of `2GiB`, `512 MiB`, a whole number of bytes, or None. Raises ValueError."""
-    if value is None:
-        return None
-    allowed = "a number of bytes, or a number with KiB, MiB, GiB or TiB"
-    if isinstance(value, int) and not isinstance(value, bool):
-        if value < 1:
-            raise ValueError(f"a memory limit is at least 1 byte; allowed: {allowed}, or null for no limit")
-        return value
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip()) if isinstance(value, str) else None
-    if match is None:
-        raise ValueError(f"allowed: {allowed}, such as 2GiB or 512 MiB")
-    number, unit = match.groups()
-    if unit not in _UNITS:
-        near = next((name for name in _UNITS if unit and name[0] == unit[0].upper()), None)
-        hint = f"write {number}{near} (binary, 1 {near} = {_UNITS[near]} bytes)" if near else "give the unit"
-        raise ValueError(f"allowed: {allowed}; {hint}")
-    size_bytes = float(number) * _UNITS[unit]
-    if size_bytes < 1 or not size_bytes.is_integer():
-        raise ValueError("a memory limit is a whole number of bytes, at least 1; write the bytes out")
-    return int(size_bytes)
-
-
-def _memory(value: object) -> int | None:
-    try:
-        return parse_memory(value)
-    except ValueError as error:
-        raise PydanticCustomError("memory", "{problem}", {"problem": f"{error}."}) from None
-
-
 Axis = Annotated[list[Any], Field(min_length=1)]
 Axes = Annotated[dict[str, Axis], AfterValidator(_check_axes)]
 SomeAxes = Annotated[dict[str, Axis], Field(min_length=1), AfterValidator(_check_axes)]
 ZippedAxes = Annotated[SomeAxes, AfterValidator(_check_lengths)]
 Settings = Annotated[dict[str, Any], AfterValidator(_check_settings)]
 Condition = Annotated[dict[str, Any], Field(min_length=1), AfterValidator(_check_settings)]
-Memory = Annotated[int | None, BeforeValidator(_memory)]

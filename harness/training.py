@@ -19,7 +19,7 @@ from harness.measure.timing import summarize, time_step
 from harness.models import build_model
 from harness.record import TraceRow
 from harness.trials import TrialSpec
-from revnet_core import Precision
+from revnet_core import Budgeted, Precision
 
 Batch = tuple[Tensor, Tensor]
 
@@ -139,7 +139,7 @@ def create(spec: TrialSpec) -> nn.Module:
             channels=spec.channels,
             num_classes=num_classes(spec.data.name),
             in_channels=CHANNELS,
-            activations=spec.activations,
+            activations=spec.activations if spec.budget_bytes is None else Budgeted(spec.budget_bytes),
             precision=Precision(spec.compute, spec.reconstruction),
         )
     return model.train()

@@ -6,11 +6,20 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from harness.errors import StudyError
 from harness.places import Loc, Places
+from harness.sizes import Memory
 from harness.study_faults import describe, shown
 
 if TYPE_CHECKING:
@@ -32,14 +41,6 @@ DEEPSPEED_SET_BY_HARNESS: tuple[tuple[str, ...], ...] = (
     ("optimizer",),
     ("scheduler",),
 )
-
-
-def _refuse_later_ones(value: object) -> object:
-    if value in ("offloaded", "budgeted"):
-        raise PydanticCustomError(
-            "not_available", "not available in this version; use one of stored, checkpointed, reconstructed."
-        )
-    return value
 
 
 def _refuse_what_the_harness_sets(config: dict[str, JsonValue]) -> dict[str, JsonValue]:
@@ -64,7 +65,7 @@ def _refuse_infinite(config: dict[str, JsonValue]) -> dict[str, JsonValue]:
     return config
 
 
-Activations = Annotated[Literal["stored", "checkpointed", "reconstructed"], BeforeValidator(_refuse_later_ones)]
+Activations = Literal["stored", "checkpointed", "offloaded", "reconstructed", "budgeted"]
 # YAML and JSON have lists; a trial is hashable.
 Channels = Annotated[
     tuple[Annotated[int, Field(ge=1)], ...] | None, BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
@@ -105,6 +106,7 @@ class TrialSpec(_Inert):
     data: DataSpec = DataSpec()
     batch_size: int = Field(default=32, ge=1, description="samples per rank and step")
     activations: Activations = "reconstructed"
+    budget_bytes: Memory = Field(default=None, description="of the network's activations where they are budgeted")
     compute: Compute = "fp32"
     reconstruction: Reconstruction = "fp32"
     zero_stage: int = Field(default=0, ge=0, le=3)
@@ -130,11 +132,14 @@ class TrialSpec(_Inert):
     def from_json(cls, text: str | bytes, *, source: str = "trial spec") -> "TrialSpec":
         """Read a specification; keys left out get their defaults. Raises StudyError, which names `source`."""
         try:
-            return cls.model_validate(json.loads(text))
+            spec = cls.model_validate(json.loads(text))
         except ValidationError as error:
             raise StudyError(describe(error, Places(source), cls)) from None
         except ValueError as error:
             raise StudyError(f"{source}: not JSON ({error}). Give a file that holds the spec of one trial.") from None
+        if (spec.activations == "budgeted") != (spec.budget_bytes is not None):
+            raise StudyError(f"{source}: budget_bytes belongs to activations 'budgeted'. Give both or neither.")
+        return spec
 
 
 # A section of its own in the study: set once, for all trials.
@@ -159,6 +164,7 @@ def expand(study: "Study") -> list[TrialSpec]:
     if study.repeats > 1:
         rows = [row | {"seed": seed} for row in rows for seed in range(study.repeats)]
     rows = _apply_exclude(study, rows)
+    _check_budgets(study, rows)
     trials: dict[str, TrialSpec] = {}
     for trial in map(TrialSpec.model_validate, rows):
         trials.setdefault(trial.id, trial)
@@ -167,6 +173,23 @@ def expand(study: "Study") -> list[TrialSpec]:
             f"{study.place('exclude')}; it drops every combination, so that no trial is left. Remove an entry of it."
         )
     return list(trials.values())
+
+
+def _check_budgets(study: "Study", rows: list[Row]) -> None:
+    """Raises StudyError for a combination that has a budget and no use for it, or the other way round."""
+    for row in rows:
+        budgeted, given = row["activations"] == "budgeted", row["budget_bytes"] is not None
+        if budgeted and not given:
+            raise StudyError(
+                f"{study.where('activations', 'budgeted')} = 'budgeted'; it needs budget_bytes, such as 64MiB. Give it "
+                "in `fixed`, or as an axis in a `when` for these activations."
+            )
+        if given and not budgeted:
+            raise StudyError(
+                f"{study.where('budget_bytes', row['budget_bytes'])} = {row['budget_bytes']}; a combination has "
+                f"activations {row['activations']!r}, which have no budget. Move it to a `when` with "
+                "`if: {activations: budgeted}`."
+            )
 
 
 def _base(study: "Study") -> Row:

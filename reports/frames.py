@@ -99,6 +99,9 @@ def _strategies(frame: pd.DataFrame) -> pd.Series:
     if frame.empty or "model" not in frame:
         return pd.Series(dtype=str)
     names = frame["model"].astype(str) + " · " + frame["activations"].astype(str)
+    if "budget_bytes" in frame and frame["budget_bytes"].nunique() > 1:
+        budget = (pd.to_numeric(frame["budget_bytes"]) / 2**20).map("{:g} MiB".format)
+        names = names.where(frame["budget_bytes"].isna(), names + " · " + budget)
     for field in _STRATEGY_EXTRAS:
         if field in frame and frame[field].nunique() > 1:
             prefix = {"zero_stage": "ZeRO-", "workers": "ranks "}.get(field, "")

@@ -53,7 +53,7 @@ METRIC_COLUMNS = (
     Column("blocks", "blocks", lambda value: f"{value:.0f}"),
 )
 SPEC_COLUMNS = (
-    *("model", "depth", "channels", "batch_size", "activations", "compute", "reconstruction"),
+    *("model", "depth", "channels", "batch_size", "activations", "budget_bytes", "compute", "reconstruction"),
     *("zero_stage", "workers", "seed"),
 )
 
@@ -220,12 +220,12 @@ def _table(frame: pd.DataFrame, records: list[Record]) -> dict[str, Any]:
                 "status": record.status,
                 "symbol": SYMBOLS[record.status],
                 "attempts": len(record.attempts),
-                "spec": [_plain(row[name]) for name in spec],
+                "spec": [_mib_or_dash(row[name]) if name == "budget_bytes" else _plain(row[name]) for name in spec],
                 "metrics": [_cell(column, record) for column in METRIC_COLUMNS],
             }
         )
     return {
-        "spec": [name.replace("_", " ") for name in spec],
+        "spec": ["budget (MiB)" if name == "budget_bytes" else name.replace("_", " ") for name in spec],
         "metrics": [c.heading for c in METRIC_COLUMNS],
         "rows": rows,
     }
@@ -236,6 +236,10 @@ def _cell(column: Column, record: Record) -> dict[str, Any]:
     if value is None:
         return {"text": "n/a", "sort": "", "why": record.unmeasured.get(column.name) or record.reason or "not recorded"}
     return {"text": column.show(value), "sort": json.dumps(value), "why": ""}
+
+
+def _mib_or_dash(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value / MIB:g}"
 
 
 def _plain(value: object) -> str:

@@ -8,8 +8,8 @@ from harness.study import SHIPPED, check_trials, load_study, shipped_studies
 from harness.trials import expand
 
 
-def test_the_five_studies_are_shipped() -> None:
-    assert {"quickstart", "depth", "batch", "precision", "zero"} <= set(shipped_studies())
+def test_the_studies_are_shipped() -> None:
+    assert {"quickstart", "depth", "batch", "precision", "zero", "budget"} <= set(shipped_studies())
 
 
 @pytest.mark.parametrize("name", shipped_studies())

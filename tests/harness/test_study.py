@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.errors import StudyError
+from harness.sizes import parse_memory
 from harness.store import RunStore
 from harness.study import Study, check_trials, load_study
-from harness.study_values import parse_memory
 from harness.trials import DEEPSPEED_SET_BY_HARNESS, TrialSpec, expand
 
 HEAD = "name: x\nmodel: revnet\n"
@@ -66,8 +66,8 @@ def fault_of(text: str) -> str:
         (HEAD + "grid: {activations: [storred]}\n", "grid.activations[0] = 'storred'; did you mean 'stored'?"),
         (HEAD + "fixed: {compute: int4}\n", "fixed.compute = 'int4'; use one of fp32, tf32, bf16, fp16."),
         (HEAD + "fixed: {reconstruction: tf64}\n", "x.yaml:3: fixed.reconstruction = 'tf64'; did you mean 'fp64'"),
-        (HEAD + "fixed: {activations: offloaded}\n", "fixed.activations = 'offloaded'; not available in this version;"),
-        (HEAD + "fixed: {activations: budgeted}\n", "fixed.activations = 'budgeted'; not available in this version;"),
+        (HEAD + "fixed: {activations: rebuilt}\n", "fixed.activations = 'rebuilt'; use one of stored, checkpointed,"),
+        (HEAD + "fixed: {budget_bytes: 64MB}\n", "fixed.budget_bytes = '64MB'; allowed: a number of bytes"),
         (HEAD + "repeats: 0\n", "x.yaml:3: repeats = 0; repeats are at least 1."),
         ("model: m\nname: ../x\n", "x.yaml:2: name = '../x'; a name is 1 to 64 letters, digits,"),
         (HEAD + "data: {image_size: 0}\n", "x.yaml:3: data.image_size = 0; an image size is at least 1."),
@@ -290,3 +290,24 @@ def test_reading_a_study_loads_no_heavy_library() -> None:
 def test_a_trial_spec_survives_as_json() -> None:
     (trial,) = expand(Study.from_yaml(HEAD, "x.yaml"))
     assert TrialSpec.from_json(trial.canonical_json()) == trial
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "grid: {activations: [stored, budgeted]}",
+            r"x.yaml:3: grid.activations\[1\] = 'budgeted'; it needs budget_bytes",
+        ),
+        ("fixed: {budget_bytes: 64MiB}", r"x.yaml:3: fixed.budget_bytes = 67108864; .*'reconstructed', which have no"),
+    ],
+)
+def test_a_budget_belongs_to_budgeted_activations(text: str, message: str) -> None:
+    with pytest.raises(StudyError, match=message):
+        expand(Study.from_yaml(HEAD + text + "\n", "x.yaml"))
+
+
+def test_a_budget_is_an_axis_in_any_unit() -> None:
+    text = HEAD + "grid: {activations: [reconstructed, budgeted]}\nwhen:\n- if: {activations: budgeted}\n"
+    trials = expand(Study.from_yaml(text + "  grid: {budget_bytes: [1MiB, 2 GiB, 7]}\n", "x.yaml"))
+    assert [trial.budget_bytes for trial in trials] == [None, 2**20, 2**31, 7]

@@ -57,7 +57,7 @@ def test_ids_are_equal_exactly_when_specs_are(one: dict[str, Any], other: dict[s
 
 def test_the_id_of_a_known_spec_stays_what_it_is() -> None:
     # A changed id makes every finished trial of every run run again.
-    assert TrialSpec(model="revnet").id == "398ce1a805f6"
+    assert TrialSpec(model="revnet").id == "6e1ccf139457"
     assert TrialSpec(model="revnet", learning_rate=1).id == TrialSpec(model="revnet", learning_rate=1.0).id
 
 
@@ -65,7 +65,8 @@ def test_the_spec_has_the_keys_of_the_contract() -> None:
     assert TrialSpec(model="revnet").model_dump(mode="json") == {
         "model": "revnet", "depth": 38, "channels": None,
         "data": {"name": "cifar10", "path": None, "image_size": 32}, "batch_size": 32,
-        "activations": "reconstructed", "compute": "fp32", "reconstruction": "fp32", "zero_stage": 0, "workers": 1,
+        "activations": "reconstructed", "budget_bytes": None, "compute": "fp32", "reconstruction": "fp32",
+        "zero_stage": 0, "workers": 1,
         "warmup_steps": 2, "measured_steps": 5, "audit_batch_size": 16, "learning_rate": 0.1, "seed": 0,
         "resources": {"gpus_per_worker": None, "cpus_per_worker": 1, "memory_bytes": None}, "deepspeed": {},
     }  # fmt: skip
@@ -81,6 +82,8 @@ def test_the_spec_has_the_keys_of_the_contract() -> None:
         ('{"depth": 38}', "spec.json: model is missing"),
         ('{"model": "a", "deepspeed": {"fp16": {}}}', "spec.json: deepspeed.fp16 = {}; the harness sets this key"),
         ('{"model": "a", "learning_rate": NaN}', "spec.json: learning_rate = NaN; "),
+        ('{"model": "a", "activations": "budgeted"}', "spec.json: budget_bytes belongs to activations 'budgeted'"),
+        ('{"model": "a", "budget_bytes": 64}', "spec.json: budget_bytes belongs to activations 'budgeted'"),
         ('{"model": "a", "deepspeed": {"x": [1, Infinity]}}', "spec.json: deepspeed"),
     ],
 )
