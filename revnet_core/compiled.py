@@ -53,22 +53,26 @@ def run_compiled(
     couplings: nn.ModuleList,
     activations: str,
     precision: Precision,
-    streams: Streams,
+    inputs: tuple[Tensor, ...],
+    split_dim: int | None,
     side: dict[str, Any],
     *,
     saving: bool,
-) -> Streams:
-    """The chain within a graph. Raises UnsupportedError for what cannot be compiled, which names what can."""
-    s1, s2 = streams
+) -> Tensor | Streams:
+    """The chain within a graph; inputs and output are one tensor, or the two streams where split_dim is None.
+
+    Raises UnsupportedError for what cannot be compiled, which names what can.
+    """
+    s1, s2 = _split(inputs, split_dim)
     blocks: list[Block] = list(couplings)  # pyright: ignore[reportAssignmentType]
     if not saving or activations == "stored":
         for block in blocks:
             s1, s2 = block(s1, s2, precision=precision, **side)
-        return s1, s2
+        return _join(s1, s2, split_dim)
     if activations == "checkpointed":
         for block in blocks:
             s1, s2 = checkpoint(block, s1, s2, use_reentrant=False, precision=precision, **side)  # pyright: ignore[reportGeneralTypeIssues]
-        return s1, s2
+        return _join(s1, s2, split_dim)
     if activations != "reconstructed" or precision.exact:
         what = "exact reconstruction" if precision.exact else f"activations = {activations!r}"
         raise UnsupportedError(
@@ -94,9 +98,9 @@ def run_compiled(
     nets = _plan(number)
     names = tuple(name for name, value in side.items() if isinstance(value, Tensor))
     constants = tuple((name, value) for name, value in side.items() if not isinstance(value, Tensor))
-    call = _Call(nets, names, constants, kind, *autocast)
+    call = _Call(nets, names, constants, kind, *autocast, split_dim)
     tensors = [*(side[name] for name in names), *trained(couplings)]
-    return _CompiledChain.apply(couplings, precision, call, s1, s2, *tensors)  # pyright: ignore[reportReturnType]
+    return _CompiledChain.apply(couplings, precision, call, *inputs, *tensors)  # pyright: ignore[reportReturnType]
 
 
 class _Call(NamedTuple):
@@ -106,6 +110,12 @@ class _Call(NamedTuple):
     device_type: str
     autocast_enabled: bool
     autocast_dtype: torch.dtype
+    split_dim: int | None
+
+    @property
+    def streams(self) -> int:
+        """How many tensors hold them."""
+        return 2 if self.split_dim is None else 1
 
     def side(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
         return dict(self.constants) | dict(zip(self.side_names, tensors, strict=True))
@@ -125,8 +135,10 @@ class _Call(NamedTuple):
 class _CompiledChain(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, couplings: nn.ModuleList, precision: Precision, call: _Call, s1: Tensor, s2: Tensor, *tensors: Tensor
-    ) -> Streams:
+        ctx: Any, couplings: nn.ModuleList, precision: Precision, call: _Call, *tensors: Tensor
+    ) -> Tensor | Streams:
+        s1, s2 = _split(tensors[: call.streams], call.split_dim)
+        tensors = tensors[call.streams :]
         side = call.side(tensors[: len(call.side_names)])
         buffers: list[Tensor] = []
         for block, nets in zip(couplings, call.nets, strict=True):
@@ -139,15 +151,18 @@ class _CompiledChain(torch.autograd.Function):
             buffers += _buffers(block.g, nets[1])
             s2 = s2 + precision.residual(block.g(call.given(nets[1], s1), **side))
         ctx.couplings, ctx.precision, ctx.call, ctx.buffer_count = couplings, precision, call, len(buffers)
-        ctx.save_for_backward(s1, s2, *buffers, *tensors)
-        return s1, s2
+        # What is saved is what is returned, so that it is kept once.
+        outputs = _join(s1, s2, call.split_dim)
+        ctx.save_for_backward(*(outputs if isinstance(outputs, tuple) else (outputs,)), *buffers, *tensors)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         call: _Call = ctx.call
         precision: Precision = ctx.precision
-        d1, d2 = grad_outputs
-        s1, s2, *rest = ctx.saved_tensors
+        d1, d2 = _split(grad_outputs, call.split_dim)
+        s1, s2 = _split(ctx.saved_tensors[: call.streams], call.split_dim)
+        rest = ctx.saved_tensors[call.streams :]
         buffers, tensors = rest[: ctx.buffer_count], rest[ctx.buffer_count :]
         side, parameters = list(tensors[: len(call.side_names)]), tensors[len(call.side_names) :]
         needed = [tensor.is_floating_point() for tensor in side]
@@ -194,7 +209,16 @@ class _CompiledChain(torch.autograd.Function):
                     s2, d1 = s2 - residual, d1 + d_stream
                 else:
                     s1, d2 = s1 - residual, d2 + d_stream
-        return None, None, None, d1, d2, *d_side, *d_parameters
+        by_inputs = (d1, d2) if call.split_dim is None else (torch.cat((d1, d2), dim=call.split_dim),)
+        return None, None, None, *by_inputs, *d_side, *d_parameters
+
+
+def _split(tensors: tuple[Tensor, ...], split_dim: int | None) -> Streams:
+    return tensors if split_dim is None else tensors[0].chunk(2, split_dim)  # pyright: ignore[reportReturnType]
+
+
+def _join(s1: Tensor, s2: Tensor, split_dim: int | None) -> Tensor | Streams:
+    return (s1, s2) if split_dim is None else torch.cat((s1, s2), dim=split_dim)
 
 
 def _sizes(tensor: Tensor) -> tuple[int, ...]:

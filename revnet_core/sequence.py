@@ -175,16 +175,9 @@ class ReversibleSequence(nn.Module):
     def _forward_compiled(self, inputs: tuple[Tensor, ...], side: dict[str, Any]) -> Tensor | Streams:
         saving = torch.is_grad_enabled() and self._needs_gradients(inputs, side)
         activations = "budgeted" if isinstance(self._activations, Budgeted) else self._activations
-        s1, s2 = run_compiled(
-            self._number,
-            self.couplings,
-            activations,
-            self.precision,
-            inputs if len(inputs) == 2 else inputs[0].chunk(2, self.split_dim or 0),  # pyright: ignore[reportArgumentType]
-            side,
-            saving=saving,
+        return run_compiled(
+            self._number, self.couplings, activations, self.precision, inputs, self.split_dim, side, saving=saving
         )
-        return self._join(s1, s2)
 
     def _judge(self, verdict: Verdict) -> None:
         self._unread.append(verdict)
