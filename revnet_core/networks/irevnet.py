@@ -1,0 +1,49 @@
+"""i-RevNet: reversible throughout, so that its stages are one chain and only the chain's output is stored.
+
+Depth on CIFAR: 18n+2, of three stages of n couplings, each of two bottlenecks of three 3x3 convolutions; the published
+network is `irevnet164`. Its authors pair no functions and have no stem, so they count 18 blocks a stage and a depth of
+163. The image enters with channels of zeros beside it, and between stages pixels become channels (SpaceToDepth), which
+makes each stage four times as wide as the one before.
+
+Two departures from their code. It puts the zeros behind the image, so that its first function sees zeros alone; here
+they stand in front of it. Its first function of a later stage is a strided convolution of what SpaceToDepth is about
+to rearrange; here it is one of stride 1 on the rearranged stream. Their dropout is left out.
+
+Source: Jacobsen et al. 2018, arXiv:1802.07088; layers as in github.com/jhjacobsen/pytorch-i-revnet.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from revnet_core.chain import Block
+from revnet_core.coupling import AdditiveCoupling, as_net_input
+from revnet_core.downsampling import SpaceToDepth
+from revnet_core.networks.base import Layout, Network
+from revnet_core.networks.units import UnitDesign, UnitShape
+from revnet_core.sequence import ReversibleSequence
+
+
+class IRevNet(Network):
+    """One ReversibleSequence from the padded image to the tail; the SpaceToDepth in it count as no blocks."""
+
+    def build_stages(self, layout: Layout) -> list[list[nn.Module]]:
+        blocks = [block for shapes in layout.stages() for shape in shapes for block in _blocks(layout.design, shape)]
+        return [[ReversibleSequence(blocks, split_dim=None, activations=self.activations, precision=self.precision)]]
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        with self.precision.autocast(x_NCHW.device.type):
+            streams = self.stem(x_NCHW).chunk(2, dim=1)
+            for module in self.modules_in_order():
+                streams = module(streams)
+            return self.tail(as_net_input(self.tail, torch.cat(streams, dim=1)))
+
+
+def _blocks(design: UnitDesign, shape: UnitShape) -> Iterator[Block]:
+    if shape.stride > 1:
+        yield SpaceToDepth(shape.stride)
+    stream = replace(shape, in_channels=shape.out_channels, stride=1).halved()
+    # Only F can be the very first; G sees what F has changed.
+    yield AdditiveCoupling(design.residual_function(stream), design.residual_function(replace(stream, activate=True)))
