@@ -5,9 +5,12 @@ network is `irevnet164`. Its authors pair no functions and have no stem, so they
 163. The image enters with channels of zeros beside it, and between stages pixels become channels (SpaceToDepth), which
 makes each stage four times as wide as the one before.
 
-Two departures from their code. It puts the zeros behind the image, so that its first function sees zeros alone; here
-they stand in front of it. Its first function of a later stage is a strided convolution of what SpaceToDepth is about
-to rearrange; here it is one of stride 1 on the rearranged stream. Their dropout is left out.
+Three departures from their code. It puts the zeros behind the image, where we put them in front of it, see
+`ZerosInFront`. It begins a later stage with a strided convolution of the stream before SpaceToDepth, we with one of
+stride 1 on the rearranged stream. It has dropout.
+
+Nothing is stored on the way, so the error of a rounded reconstruction grows through all stages;
+reconstruction="exact" has none.
 
 Source: Jacobsen et al. 2018, arXiv:1802.07088; layers as in github.com/jhjacobsen/pytorch-i-revnet.
 """

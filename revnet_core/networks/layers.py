@@ -59,6 +59,10 @@ class ZerosInFront(nn.Module):
     """Injective padding: channels of zeros in front of the image's; no parameters.
 
     N,in_channels,H,W to N,out_channels,H,W. Raises ShapeError where out_channels is below in_channels.
+
+    Behind the image, as in the paper's code, the zeros would be a whole stream. The first function would then see
+    nothing, and in a backward the rounding errors of rebuilt zeros, which its batch norms divide by their deviation:
+    in fp32 a gradient that is wrong by orders of magnitude.
     Source: Jacobsen et al. 2018, arXiv:1802.07088.
     """
 
@@ -68,7 +72,7 @@ class ZerosInFront(nn.Module):
         if self.zeros < 0:
             raise ShapeError(
                 f"in_channels = {in_channels}, channels[0] = {out_channels}; the image has to fit into it. "
-                f"Write channels[0] = {in_channels} or more."
+                f"Give channels that begin with {in_channels} or more."
             )
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
