@@ -90,9 +90,13 @@ def _checked(net: nn.Module, source: Tensor, out: object) -> Tensor:
     )
 
 
+def _is_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def as_net_input(net: nn.Module, stream: Tensor) -> Tensor:
     """The stream in the dtype that the net computes in: its parameters', unless autocast sees to that."""
-    if stream.dtype != torch.float64 and torch.is_autocast_enabled(stream.device.type):
+    if stream.dtype != torch.float64 and _is_autocast(stream.device.type):
         return stream
     parameter = next(net.parameters(), None) if torch.compiler.is_compiling() else first_parameter(net)
     if parameter is None or not parameter.is_floating_point():

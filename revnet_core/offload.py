@@ -52,4 +52,4 @@ def offloaded(module: nn.Module) -> Iterator[None]:
 
 
 def _is_on_host(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
+    return tensor.device.type in ("cpu", "meta")  # on "meta" there is nothing to copy

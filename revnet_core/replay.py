@@ -182,6 +182,8 @@ class AutocastState:
     @classmethod
     def of(cls, device: torch.device) -> "AutocastState":
         kind = device.type
+        if not torch.amp.is_autocast_available(kind):  # "meta", say
+            return cls("cpu", False, torch.bfloat16)
         return cls(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
 
     def restored(self) -> torch.autocast:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from revnet_core.budget import Budgeted
+from revnet_core.coupling import AdditiveCoupling
 from revnet_core.networks.layers import Stem, tail
 from revnet_core.networks.units import UnitDesign, UnitShape
 from revnet_core.offload import offloaded
@@ -38,8 +39,9 @@ class Layout:
         for stage, (count, width) in enumerate(zip(self.units, self.channels, strict=True)):
             out_channels = width * self.design.expansion
             # The stem's batch norm and ReLU stand right in front of the very first unit.
-            first = UnitShape(in_channels, width, out_channels, stride=2 if stage > 0 else 1, activate=stage > 0)
-            yield [first, *[UnitShape(out_channels, width, out_channels)] * (count - 1)]
+            inside = width // self.design.narrowing
+            first = UnitShape(in_channels, inside, out_channels, stride=2 if stage > 0 else 1, activate=stage > 0)
+            yield [first, *[UnitShape(out_channels, inside, out_channels)] * (count - 1)]
             in_channels = out_channels
 
 
@@ -69,19 +71,26 @@ class Network(nn.Module):
         self.activations = activations
         self.precision = precision
         self.stem = layout.stem(in_channels, layout.channels[0], layout.design.norm)
-        self.stages = nn.ModuleList(nn.ModuleList(self.build_stage(layout.design, s)) for s in layout.stages())
+        self.stages = nn.ModuleList(nn.ModuleList(stage) for stage in self.build_stages(layout))
         self.tail = tail(layout.out_channels, num_classes, layout.design.norm)
         self.blocks = sum(layout.units)
         self.reversible_blocks = sum(
-            len(module.couplings) for module in self.modules_in_order() if isinstance(module, ReversibleSequence)
+            isinstance(block, AdditiveCoupling)
+            for module in self.modules_in_order()
+            if isinstance(module, ReversibleSequence)
+            for block in module.couplings
         )
+
+    def build_stages(self, layout: Layout) -> list[list[nn.Module]]:
+        """By default stage by stage; a network whose stages are one chain builds that instead."""
+        return [self.build_stage(layout.design, shapes) for shapes in layout.stages()]
 
     def build_stage(self, design: UnitDesign, shapes: Sequence[UnitShape]) -> list[nn.Module]:
         """What the stage's units become, in order; `shapes` are those of whole units, of both streams together."""
         raise NotImplementedError
 
     def modules_in_order(self) -> Iterator[nn.Module]:
-        """What `build_stage` built, stage by stage."""
+        """What `build_stages` built, stage by stage."""
         for stage in self.stages.children():
             yield from stage.children()
 

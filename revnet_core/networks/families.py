@@ -2,6 +2,7 @@
 
 A family's networks differ in depth. Its name is [gomez_]{resnet|revnet}[_bottleneck|_imagenet]: without a prefix the
 layers are memcnn's, with `gomez_` those of the paper's code; without a suffix the units are basic ones for CIFAR.
+`irevnet` stands beside them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +13,18 @@ from typing import NamedTuple
 from revnet_core.errors import DepthError, ShapeError, UnknownModelError
 from revnet_core.networks.base import Network
 from revnet_core.networks.gomez import GomezRevNet
-from revnet_core.networks.layers import PoolAndPad, Stem, cifar_stem, imagenet_stem
+from revnet_core.networks.irevnet import IRevNet
+from revnet_core.networks.layers import PoolAndPad, Stem, ZerosInFront, cifar_stem, imagenet_stem
 from revnet_core.networks.resnet import ResNet
 from revnet_core.networks.revnet import RevNet
-from revnet_core.networks.units import GOMEZ_BASIC, GOMEZ_BOTTLENECK, MEMCNN_BASIC, MEMCNN_BOTTLENECK, UnitDesign
+from revnet_core.networks.units import (
+    GOMEZ_BASIC,
+    GOMEZ_BOTTLENECK,
+    IREVNET_BOTTLENECK,
+    MEMCNN_BASIC,
+    MEMCNN_BOTTLENECK,
+    UnitDesign,
+)
 
 
 class Variant(NamedTuple):
@@ -26,12 +35,17 @@ class Variant(NamedTuple):
     revnet: Callable[..., Network]
     source: str
 
+    def family(self, size: "Size") -> "Family":
+        design = self.bottleneck if size.bottleneck else self.basic
+        return Family(size, design, self.resnet if size.streams == 1 else self.revnet, self.source)
+
 
 class Size(NamedTuple):
-    """What both variants of a family have in common.
+    """What a family is but for its layers; both variants of one have it in common.
 
     channels  width of each stage of the published networks, by their depth
     units     of each stage, by depth; None where every depth exists that gives all stages the same number
+    growth    a stage's width by the one's before; None where every stage may choose its own
     """
 
     name: str
@@ -41,6 +55,7 @@ class Size(NamedTuple):
     stem: Stem
     channels: Mapping[int, tuple[int, ...]]
     units: Mapping[int, tuple[int, ...]] | None = None
+    growth: int | None = None
 
 
 VARIANTS = (
@@ -93,23 +108,27 @@ SIZES = (
     ),
 )
 
+IREVNET = Size(
+    "irevnet",
+    "i-RevNet for CIFAR",
+    streams=2,
+    bottleneck=True,
+    stem=ZerosInFront,
+    channels={164: (32, 128, 512)},
+    growth=4,
+)
+
 
 @dataclass(frozen=True)
 class Family:
-    variant: Variant
     size: Size
+    design: UnitDesign
+    build: Callable[..., Network]
+    source: str
 
     @property
     def summary(self) -> str:
-        return f"{self.size.summary}, layers of {self.variant.source}"
-
-    @property
-    def build(self) -> Callable[..., Network]:
-        return self.variant.resnet if self.size.streams == 1 else self.variant.revnet
-
-    @property
-    def design(self) -> UnitDesign:
-        return self.variant.bottleneck if self.size.bottleneck else self.variant.basic
+        return f"{self.size.summary}, layers of {self.source}"
 
     @property
     def activations(self) -> tuple[str, ...]:
@@ -118,6 +137,11 @@ class Family:
     @property
     def reversible(self) -> bool:
         return self.size.streams > 1
+
+    @property
+    def width_step(self) -> int:
+        """Every stage's width is a multiple of it."""
+        return self.size.streams * self.design.narrowing
 
     @property
     def stages(self) -> int:
@@ -158,7 +182,9 @@ class Family:
         return published[min((d for d in published if d >= depth), default=max(published))]
 
 
-FAMILIES = {variant.prefix + size.name: Family(variant, size) for variant in VARIANTS for size in SIZES}
+FAMILIES = {variant.prefix + size.name: variant.family(size) for variant in VARIANTS for size in SIZES} | {
+    IREVNET.name: Family(IREVNET, IREVNET_BOTTLENECK, IRevNet, "Jacobsen et al.")
+}
 
 
 def list_models() -> list[str]:
@@ -207,21 +233,33 @@ def check_channels(name: str, channels: Sequence[int], stages: int | None = None
     stages: how many the network has, by default those of the published ones.
     """
     family = find_family(name)
-    streams = family.size.streams
+    step, growth = family.width_step, family.size.growth
+    one = f"an {name}" if name[0] in "aeiou" else f"a {name}"
     stages = stages or family.stages
     if len(channels) != stages:
         raise ShapeError(f"channels = {list(channels)}; {name} has {stages} stages. Give {stages} widths.")
     for stage, width in enumerate(channels):
         where = f"channels = {list(channels)}; channels[{stage}] = {width}"
-        if width < streams or width % streams:
-            even = "even, since half of the channels is a stream" if streams > 1 else "at least 1"
-            near = max(streams, width - 1), max(streams, width + 1)
+        if width < step or width % step:
+            near = max(step, width // step * step), max(step, (width // step + 1) * step)
             raise ShapeError(
-                f"{where}, and the width of a {name} is {even}. "
+                f"{where}, and the width of {one} is {_widths(family)}. "
                 f"Write {near[0] if near[0] == near[1] else f'{near[0]} or {near[1]}'}."
+            )
+        if growth and width != channels[0] * growth**stage:
+            fitting = [channels[0] * growth**index for index in range(stages)]
+            raise ShapeError(
+                f"{where}, and each stage of {one} is {growth} times as wide as the one before: between them its "
+                f"pixels become channels. Write {fitting}, or another first width."
             )
         if family.design.new_shortcut is PoolAndPad and width < channels[max(0, stage - 1)]:
             raise ShapeError(
                 f"{where}, and a {name} cannot get narrower: its shortcuts have no parameters and only add channels. "
                 f"Write {channels[stage - 1]} or more, or use {name.removeprefix('gomez_')}."
             )
+
+
+def _widths(family: Family) -> str:
+    if family.design.narrowing > 1:
+        return f"a multiple of {family.width_step}, since its functions narrow a stream, half of it, to a quarter"
+    return "even, since half of the channels is a stream" if family.size.streams > 1 else "at least 1"

@@ -12,6 +12,8 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional
 
+from revnet_core.errors import ShapeError
+
 Norm = Callable[[int], nn.Module]  # of so many channels
 Shortcut = Callable[[int, int, int], nn.Module]  # from in_channels to out_channels by a stride
 Stem = Callable[[int, int, Norm], nn.Module]  # from in_channels to out_channels with a norm
@@ -51,6 +53,30 @@ class PoolAndPad(nn.Module):
             # Rounded up, as the strided convolution that the shortcut is added to.
             x_NCHW = functional.avg_pool2d(x_NCHW, self.stride, ceil_mode=True)
         return functional.pad(x_NCHW, (0, 0, 0, 0, *self.zeros))
+
+
+class ZerosInFront(nn.Module):
+    """Injective padding: channels of zeros in front of the image's; no parameters.
+
+    N,in_channels,H,W to N,out_channels,H,W. Raises ShapeError where out_channels is below in_channels.
+
+    Behind the image, as in the paper's code, the zeros would be a whole stream. The first function would then see
+    nothing, and in a backward the rounding errors of rebuilt zeros, which its batch norms divide by their deviation:
+    in fp32 a gradient that is wrong by orders of magnitude.
+    Source: Jacobsen et al. 2018, arXiv:1802.07088.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, norm: Norm) -> None:
+        super().__init__()
+        self.zeros = out_channels - in_channels
+        if self.zeros < 0:
+            raise ShapeError(
+                f"in_channels = {in_channels}, channels[0] = {out_channels}; the image has to fit into it. "
+                f"Give channels that begin with {in_channels} or more."
+            )
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        return functional.pad(x_NCHW, (0, 0, 0, 0, self.zeros, 0))
 
 
 def cifar_stem(in_channels: int, out_channels: int, norm: Norm) -> nn.Sequential:

@@ -1,10 +1,10 @@
 """Residual units: what a unit is made of in each variant, and the unit of one stream.
 
 A residual function is a chain of pre-activated convolutions: batch norm, ReLU, convolution, and again. Basic units
-have two of 3x3; bottlenecks have 1x1, 3x3, 1x1, and end four times as wide as they are inside.
+have two of 3x3; bottlenecks have 1x1, 3x3, 1x1 (i-RevNet's all 3x3), and end four times as wide as they are inside.
 
 Sources: He et al. 2016, arXiv:1603.05027; Gomez et al. 2017, arXiv:1707.04585 (github.com/renmengye/revnet-public);
-van de Leemput et al. 2019 (memcnn.readthedocs.io).
+van de Leemput et al. 2019 (memcnn.readthedocs.io); Jacobsen et al. 2018, arXiv:1802.07088.
 """
 
 from dataclasses import dataclass, replace
@@ -47,17 +47,19 @@ class UnitDesign:
     """How a variant builds its units.
 
     kernels       of the convolutions of a residual function
-    expansion     output channels by width
-    strided       which of the convolutions carries the unit's stride
+    expansion     output channels by a stage's width
+    strided       which of the convolutions carries the unit's stride; None where none does
     norm          of the units, and of stem and tail
-    new_shortcut  what stands for the identity where a unit does not keep the shape
+    new_shortcut  what stands for the identity where a unit does not keep the shape; None where all keep it
+    narrowing     a stage's width by channels inside
     """
 
     kernels: tuple[int, ...]
     expansion: int
-    strided: int
+    strided: int | None
     norm: Norm
-    new_shortcut: Shortcut
+    new_shortcut: Shortcut | None
+    narrowing: int = 1
 
     def residual_function(self, shape: UnitShape) -> nn.Sequential:
         channels = [shape.in_channels, *[shape.width] * (len(self.kernels) - 1), shape.out_channels]
@@ -71,6 +73,7 @@ class UnitDesign:
     def shortcut(self, shape: UnitShape) -> nn.Module:
         if shape.keeps_shape:
             return nn.Identity()
+        assert self.new_shortcut is not None
         return self.new_shortcut(shape.in_channels, shape.out_channels, shape.stride)
 
 
@@ -80,6 +83,9 @@ MEMCNN_BOTTLENECK = UnitDesign(
 )
 GOMEZ_BASIC = UnitDesign(kernels=(3, 3), expansion=1, strided=0, norm=slow_batch_norm, new_shortcut=PoolAndPad)
 GOMEZ_BOTTLENECK = UnitDesign(kernels=(1, 3, 1), expansion=4, strided=0, norm=slow_batch_norm, new_shortcut=projection)
+IREVNET_BOTTLENECK = UnitDesign(
+    kernels=(3, 3, 3), expansion=1, strided=None, norm=nn.BatchNorm2d, new_shortcut=None, narrowing=4
+)
 
 
 class ResidualUnit(nn.Module):

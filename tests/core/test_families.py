@@ -24,15 +24,16 @@ FIRST_DEPTHS = {
     "resnet_imagenet": 50,
     "revnet_imagenet": 56,
 }
+ALONE = {"irevnet": 20}
 
 
-def test_the_families_are_two_variants_of_six() -> None:
-    assert list_models() == [*FIRST_DEPTHS, *(f"gomez_{name}" for name in FIRST_DEPTHS)]
+def test_the_families_are_two_variants_of_six_and_one_alone() -> None:
+    assert list_models() == [*FIRST_DEPTHS, *(f"gomez_{name}" for name in FIRST_DEPTHS), *ALONE]
 
 
 @pytest.mark.parametrize("name", list_models())
 def test_a_family_and_its_depth_may_be_given_apart(name: str) -> None:
-    depth = FIRST_DEPTHS[name.removeprefix("gomez_")]
+    depth = (FIRST_DEPTHS | ALONE)[name.removeprefix("gomez_")]
     with torch.device("meta"):
         apart, together = (
             create_model(name, depth=depth, num_classes=10),
@@ -55,6 +56,7 @@ def test_a_family_and_its_depth_may_be_given_apart(name: str) -> None:
             112,
             r"gomez_revnet_bottleneck has depths 18n\+2\. The nearest two are 110 and 128",
         ),
+        ("irevnet", 163, r"irevnet has depths 18n\+2\. The nearest two are 146 and 164\."),
         ("resnet_imagenet", 38, r"resnet_imagenet has depths 50 or 101\. The nearest two are 50 and 101\."),
         ("gomez_revnet_imagenet", 110, r"depths 56 or 104\. The nearest two are 56 and 104\."),
     ],
@@ -80,11 +82,12 @@ def test_a_family_without_a_depth(name: str, message: str) -> None:
 
 @pytest.mark.parametrize("name", list_models())
 def test_units_may_be_given_instead_of_a_depth(name: str) -> None:
-    model = create_model(name, num_classes=10, units=(1, 3), channels=(4, 8), precision=Precision())
+    channels = (8, 32) if name == "irevnet" else (4, 8)
+    model = create_model(name, num_classes=10, units=(1, 3), channels=channels, precision=Precision())
     assert model.blocks == 4
-    # memcnn's couplings keep the shape; gomez's are all units but the first of a stage.
-    in_first_stage = 1 if name == "revnet" else 0
-    assert model.reversible_blocks == (2 + in_first_stage if "revnet" in name else 0)
+    # memcnn's couplings keep the shape; gomez's are all units but the first of a stage; i-RevNet's are all.
+    first_of_stages = {"revnet": 1, "irevnet": 2}.get(name, 0)
+    assert model.reversible_blocks == (2 + first_of_stages if "revnet" in name else 0)
     assert model(torch.randn(IMAGES_NCHW)).shape == (2, 10)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from revnet_core import ACTIVATIONS, ReversibleSequence, UnsupportedError
-from tests.core.nets import KINDS, assert_same, input_of, sequence_of, side_of, training_step, twin_of
+from tests.core.nets import IMAGE_NCHW, KINDS, assert_same, input_of, sequence_of, side_of, training_step, twin_of
 
 SAVING = ("checkpointed", "reconstructed")
 SHARED_KINDS = ("conv_bn", "dropout", "full_bias", "counting", "conditioned")
@@ -183,3 +183,15 @@ def test_unknown_activations_name_the_allowed_ones() -> None:
         UnsupportedError, match="activations = 'rebuilt'; allowed: stored, checkpointed, offloaded, reconstructed"
     ):
         sequence_of("tanh", activations="rebuilt")
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_shapes_alone_are_enough(activations: str) -> None:
+    """A device without contents, which has no autocast either, as planning uses it."""
+    model = twin_of(sequence_of("conv_bn", 2), activations).to("meta")
+    x = torch.empty(IMAGE_NCHW, dtype=torch.float64, device="meta", requires_grad=True)
+    y = model(x)
+    y.sum().backward()
+    assert y.shape == x.shape
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
