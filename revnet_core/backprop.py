@@ -198,7 +198,8 @@ class _Close(torch.autograd.Function):
             ctx.maybe_clear_saved_tensors()
         outputs, side = saved[: len(grads)], saved[len(grads) :]
         del saved
-        token = torch.empty((), device=outputs[0].device)
+        # With contents, since anomaly mode looks at them.
+        token = torch.zeros((), device=outputs[0].device)
         needs = ctx.needs_input_grad[3:]
         leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(side, needs, strict=True)]
         ctx.walk.start_back(outputs, grads, leaves, last=last)

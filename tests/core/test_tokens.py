@@ -10,6 +10,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from revnet_core import AdditiveCoupling, Precision, ReconstructionError, ReversibleSequence
 from tests.core.nets import (
     FP64,
+    assert_same,
+    gradients_of,
+    input_of,
+    outcome_of,
+    sequence_of,
+    side_of,
+    training_step,
+    twin_of,
     weighted_sum,
 )
 
@@ -124,3 +132,24 @@ def test_buffers_end_with_a_backward_that_was_not_exact() -> None:
     assert net.given is not None
     assert net.given.expired()
     assert y.grad_fn is not None
+
+
+@pytest.mark.parametrize("kind", ["conv_bn", "dropout", "conditioned", "nested"])
+def test_anomaly_mode_finds_nothing_where_there_is_nothing(kind: str) -> None:
+    expected = training_step(twin_of(sequence_of(kind, 2), "stored"), input_of(kind), side_of(kind))
+    # This also fills with NaN whatever is allocated without contents.
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.autograd.set_detect_anomaly(True):
+            assert_same(training_step(sequence_of(kind, 2), input_of(kind), side_of(kind)), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.filterwarnings("ignore:Error detected in")
+def test_anomaly_mode_finds_a_gradient_that_is_not_a_number() -> None:
+    sequence = ReversibleSequence([AdditiveCoupling(nn.Linear(4, 4), nn.Tanh())], precision=FP64).double()
+    y = sequence(features())
+    y.register_hook(lambda gradient: gradient * torch.nan)
+    with torch.autograd.set_detect_anomaly(True), pytest.raises(RuntimeError, match="returned nan values"):
+        weighted_sum(y).backward()
