@@ -156,7 +156,7 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, walk: _Walk, index: int, token: Tensor, *tensors: Tensor) -> Tensor:
         ctx.walk, ctx.index = walk, index
-        walk.run.step(index, walk.evaluate)
+        walk.run.step(index, walk.evaluate, walked_back=any(ctx.needs_input_grad))
         return torch.empty_like(token)
 
     @staticmethod
