@@ -49,14 +49,17 @@ class Replay:
     def __init__(self, net: nn.Module, device: torch.device, *, same_graph: bool = False, bitwise: bool = True) -> None:
         self._net = net
         self._device = device
-        self._same_graph = same_graph
         self._modules = modules_of(net)
         self._training = [module.training for module in self._modules]
         self._cpu_state: Tensor | None = None
         self._cuda_state: Tensor | None = None
         self._parameters: list[_Held] = []
         self._buffers: list[_Held] | None = None
-        self._norms = None if bitwise else NormReplay.of(self._modules)
+        # What an inner sequence evaluates again, after this replay, it has to find in one way both times.
+        inner = [m for m in self._modules if getattr(m, "activations", "stored") not in ("stored", "offloaded")]
+        self._same_graph = same_graph or any(sequence.activations == "checkpointed" for sequence in inner)
+        again = set(modules_of(*inner))
+        self._norms = None if bitwise else NormReplay.of([m for m in self._modules if m not in again])
         self.observed = any(
             m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
             for m in self._modules
