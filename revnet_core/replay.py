@@ -16,6 +16,8 @@ from revnet_core.walk import modules_of, trained_parameters
 
 # Of these the running statistics can be left alone by one flag; a subclass with a forward of its own may not heed it.
 _FLAGGED_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+# Torch's batch norm writes its statistics without counting a version; these are everybody's names for them.
+_UNCOUNTED = ("running_mean", "running_var")
 
 
 class _Held(NamedTuple):
@@ -85,7 +87,7 @@ class Replay:
             self._cuda_state = cuda_state
         self._buffers = [
             held._replace(tensor=copy, version=None)
-            if copy is not None and _change_of(held, held.module._buffers)
+            if copy is not None and (_change_of(held, held.module._buffers) or _is_uncounted(held))
             else held
             for held, copy in before
         ]
@@ -168,6 +170,10 @@ def _change_of(held: _Held, tensors: Mapping[str, Tensor | None]) -> str | None:
     if tensors.get(held.name) is not held.tensor:
         return "replaced"
     return "changed in place" if _version_of(held.tensor) != held.version else None
+
+
+def _is_uncounted(held: _Held) -> bool:
+    return held.module.training and held.name in _UNCOUNTED
 
 
 def is_flagged(module: nn.Module) -> bool:

@@ -11,9 +11,7 @@ from revnet_core import AdditiveCoupling, Precision, ReconstructionError, Revers
 from tests.core.nets import (
     FP64,
     assert_same,
-    gradients_of,
     input_of,
-    outcome_of,
     sequence_of,
     side_of,
     training_step,
