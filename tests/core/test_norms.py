@@ -123,7 +123,7 @@ def test_gradients_and_statistics_are_those_of_stored(name: str, activations: st
 
 
 @pytest.fixture
-def found(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+def found(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often statistics are noted and taken up again."""
     counts = {"_record": 0, "_repeat": 0}
     for name in counts:
@@ -242,10 +242,14 @@ def test_an_error_leaves_the_modules_as_they_were(when: str) -> None:
     before = {module: dict(module.__dict__) for module in sequence.modules()}
     x = input_of_norms("plain_2d")
     failing.fails = when == "forward"
-    with pytest.raises(ValueError, match="a net fails"):
+
+    def step() -> None:
         y = sequence(x)
         failing.fails = True
         weighted_sum(y).backward()
+
+    with pytest.raises(ValueError, match="a net fails"):
+        step()
     failing.fails = False
     for module in sequence.modules():
         assert "forward" not in module.__dict__
@@ -258,10 +262,11 @@ def test_hooks_on_a_norm_see_what_stored_shows_them() -> None:
     shown: dict[str, list[Tensor]] = {}
     for activations in ("stored", "reconstructed"):
         model = sequence_of_norms("plain_2d", activations=activations)
-        norm, calls = norms_of(model)[1], shown.setdefault(activations, [])
-        norm.register_forward_pre_hook(lambda m, args, calls=calls: calls.append(args[0]))
-        norm.register_forward_hook(lambda m, args, out, calls=calls: calls.append(out))
-        norm.register_full_backward_hook(lambda m, d_in, d_out, calls=calls: calls.extend((*d_in, *d_out)))
+        norm = norms_of(model)[1]
+        calls: list[Tensor] = shown.setdefault(activations, [])
+        norm.register_forward_pre_hook(lambda m, args, to=calls: to.append(args[0]))
+        norm.register_forward_hook(lambda m, args, out, to=calls: to.append(out))
+        norm.register_full_backward_hook(lambda m, d_in, d_out, to=calls: to.extend((*d_in, *d_out)))
         training_step(model, input_of_norms("plain_2d"))
     # The recompute shows its input and output once more.
     stored, rebuilt = shown["stored"], shown["reconstructed"]
