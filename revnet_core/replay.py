@@ -8,6 +8,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 
 from revnet_core.errors import ChangedStateError
 from revnet_core.norms import NormReplay
@@ -43,7 +44,7 @@ class Replay:
     batch norm then gets copies of its statistics rather than none, which costs a copy.
     bitwise: what the replay computes equals the recording bit for bit; otherwise batch norm reuses the statistics that
     the recording found, which is faster and off by a rounding.
-    observed: the net has hooks, which may keep what they see.
+    observed: the net has hooks in the evaluation at hand, which may keep what they see.
 
     `replaying` raises ChangedStateError when a parameter, or a buffer that the recording only read, was changed.
     """
@@ -62,7 +63,10 @@ class Replay:
         self._same_graph = same_graph or any(sequence.activations == "checkpointed" for sequence in inner)
         again = set(modules_of(*inner))
         self._norms = None if bitwise else NormReplay.of([m for m in self._modules if m not in again])
-        self.observed = any(
+        self.observed = False
+
+    def _look_for_hooks(self) -> None:
+        self.observed = bool(_has_any_global_hook()) or any(
             m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
             for m in self._modules
         )
@@ -73,6 +77,7 @@ class Replay:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
+        self._look_for_hooks()
         cpu_state = torch.get_rng_state()
         cuda_state = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
         before = [
@@ -102,6 +107,7 @@ class Replay:
     @contextlib.contextmanager
     def replaying(self) -> Iterator[None]:
         self._refuse_changes()
+        self._look_for_hooks()
         with contextlib.ExitStack() as undo:
             for module, training in zip(self._modules, self._training, strict=True):
                 if module.training != training:
