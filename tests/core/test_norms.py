@@ -3,6 +3,8 @@
 import copy
 import pickle
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -258,15 +260,27 @@ def test_an_error_leaves_the_modules_as_they_were(when: str) -> None:
     weighted_sum(sequence(x)).backward()
 
 
+def keep_input(calls: list[Tensor], module: nn.Module, args: tuple[Tensor]) -> None:
+    calls.append(args[0])
+
+
+def keep_output(calls: list[Tensor], module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+    calls.append(out)
+
+
+def keep_gradients(calls: list[Tensor], module: nn.Module, d_in: Any, d_out: Any) -> None:
+    calls.extend((*d_in, *d_out))
+
+
 def test_hooks_on_a_norm_see_what_stored_shows_them() -> None:
     shown: dict[str, list[Tensor]] = {}
     for activations in ("stored", "reconstructed"):
         model = sequence_of_norms("plain_2d", activations=activations)
         norm = norms_of(model)[1]
         calls: list[Tensor] = shown.setdefault(activations, [])
-        norm.register_forward_pre_hook(lambda m, args, to=calls: to.append(args[0]))
-        norm.register_forward_hook(lambda m, args, out, to=calls: to.append(out))
-        norm.register_full_backward_hook(lambda m, d_in, d_out, to=calls: to.extend((*d_in, *d_out)))
+        norm.register_forward_pre_hook(partial(keep_input, calls))
+        norm.register_forward_hook(partial(keep_output, calls))
+        norm.register_full_backward_hook(partial(keep_gradients, calls))
         training_step(model, input_of_norms("plain_2d"))
     # The recompute shows its input and output once more.
     stored, rebuilt = shown["stored"], shown["reconstructed"]
