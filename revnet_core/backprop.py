@@ -6,6 +6,7 @@ So each block's gradients reach the parameters, and whoever waits for them there
 walked.
 """
 
+import weakref
 from typing import Any
 
 import torch
@@ -50,8 +51,8 @@ def backpropagate(
 
 
 class _Walk:
-    """What the nodes of one forward share: between the forward's nodes the streams, between the backward's also the
-    gradients by them."""
+    """What the nodes of one forward share: between the forward's nodes the streams, between the backward's the way
+    back."""
 
     def __init__(
         self, run: ChainRun, split_dim: int, side_names: list[str], judge: Judge, evaluate: Evaluator | None
@@ -60,15 +61,11 @@ class _Walk:
         self.split_dim = split_dim
         self.side_names = side_names
         self.evaluate = evaluate
-        self._judge = judge
+        self.judge = judge
         self._parameters = [trained_parameters(modules_of(block)) for block in run.blocks]
         partitioned = any(is_partitioned(p) for parameters in self._parameters for p in parameters)
         self.uses = Uses(run.nets()) if partitioned else None
-        self._gradients: Derivatives | None = None
-        self._side: list[Tensor] = []
-        self._last = True
-        # The blocks from this one on have been walked back.
-        self._walked = len(run.blocks)
+        self._back: weakref.ref[_Back] | None = None
 
     def parameters(self, index: int) -> list[nn.Parameter]:
         """Those that are inputs of the block's node."""
@@ -76,47 +73,71 @@ class _Walk:
 
     def start_back(self, outputs: list[Tensor], grads: list[Tensor | None], side: list[Tensor], *, last: bool) -> None:
         """last: the graph is not retained, so what a block leaves behind may be forgotten with it."""
-        self.run.streams, self._walked = buffers(outputs, self.split_dim), len(self.run.blocks)
-        self._gradients = derivatives(grads, self.split_dim)
-        self._side, self._last = side, last
-        # Whatever becomes of this backward, its buffers end with it.
-        torch.autograd.Variable._execution_engine.queue_callback(self._end_back)
+        back = _Back(self, outputs, grads, side, last=last)
+        self._back = weakref.ref(back)
+        torch.autograd.Variable._execution_engine.queue_callback(back.end)
         if self.uses:
+            weakref.finalize(back, self.uses.finish)
             self.uses.start()
 
-    def step_back(self, index: int) -> Gradients:
+    @property
+    def back(self) -> "_Back":
+        back = self._back() if self._back else None
+        assert back is not None
+        return back
+
+
+class _Back:
+    """One backward of a walk: the streams, and the gradients by them.
+
+    Nothing but the engine's list of callbacks keeps it, so that its buffers end with the backward, whatever becomes of
+    that: after an error the engine drops the list and calls nothing.
+    """
+
+    def __init__(
+        self, walk: _Walk, outputs: list[Tensor], grads: list[Tensor | None], side: list[Tensor], *, last: bool
+    ) -> None:
+        self._walk = walk
+        self._run = walk.run.with_side(dict(zip(walk.side_names, side, strict=True)))
+        self._run.streams = buffers(outputs, walk.split_dim)
+        self._gradients: Derivatives | None = derivatives(grads, walk.split_dim)
+        self._side, self._last = side, last
+        # The blocks from this one on have been walked back.
+        self._walked = len(walk.run.blocks)
+
+    def step(self, index: int) -> Gradients:
         assert self._gradients is not None
-        gradients = Gradients(self._side, self.uses)
-        run = self.run.with_side(dict(zip(self.side_names, self._side, strict=True)))
-        run.back(index, self._gradients, gradients, forget=self._last)
+        gradients = Gradients(self._side, self._walk.uses)
+        self._run.back(index, self._gradients, gradients, forget=self._last)
         self._walked = index
         return gradients
 
-    def finish_back(self, joined: bool) -> tuple[Tensor | None, ...]:
+    def finish(self, joined: bool) -> tuple[Tensor | None, ...]:
         """The gradients by the chain's inputs."""
         assert self._gradients is not None
         d1, d2 = self._gradients
-        by_inputs = (_joined(d1.value, d2.value, self.split_dim),) if joined else (d1.value, d2.value)
-        self._end_back()
+        by_inputs = (_joined(d1.value, d2.value, self._walk.split_dim),) if joined else (d1.value, d2.value)
+        self.end()
         return by_inputs
 
-    def _end_back(self) -> None:
-        if self.run.streams is None:
+    def end(self) -> None:
+        if self._run.streams is None:
             return
-        if self.run.precision.exact:
-            self._verify()
-        self.run.streams = self._gradients = None
-        self._side = []
-        if self.uses:
-            self.uses.finish()
+        try:
+            if self._run.precision.exact:
+                self._verify()
+        finally:
+            self._run.streams = self._gradients = None
+            self._side = []
+            if self._walk.uses:
+                self._walk.uses.finish()
 
     def _verify(self) -> None:
         """Walk the rest of the way, which a backward by some of the parameters leaves, and judge."""
-        assert self.run.streams is not None
-        run = self.run.with_side(dict(zip(self.side_names, self._side, strict=True)))
-        run.rebuild(self.run.streams, end=self._walked)
-        if verdict := run.verdict():
-            self._judge(verdict)
+        assert self._run.streams is not None
+        self._run.rebuild(self._run.streams, end=self._walked)
+        if verdict := self._run.verdict():
+            self._walk.judge(verdict)
 
 
 class _Open(torch.autograd.Function):
@@ -128,20 +149,20 @@ class _Open(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
-        return None, None, *ctx.walk.finish_back(ctx.joined)
+        return None, None, *ctx.walk.back.finish(ctx.joined)
 
 
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, walk: _Walk, index: int, token: Tensor, *tensors: Tensor) -> Tensor:
         ctx.walk, ctx.index = walk, index
-        walk.run.step(index, walk.evaluate)
+        walk.run.step(index, walk.evaluate, walked_back=any(ctx.needs_input_grad))
         return torch.empty_like(token)
 
     @staticmethod
     def backward(ctx: Any, *token: Tensor) -> Any:
         walk: _Walk = ctx.walk
-        gradients = walk.step_back(ctx.index)
+        gradients = walk.back.step(ctx.index)
         by_parameters = map(gradients.of_parameter, walk.parameters(ctx.index))
         return None, None, token[0], *gradients.by_side(), *by_parameters
 
@@ -177,7 +198,8 @@ class _Close(torch.autograd.Function):
             ctx.maybe_clear_saved_tensors()
         outputs, side = saved[: len(grads)], saved[len(grads) :]
         del saved
-        token = torch.empty((), device=outputs[0].device)
+        # With contents, since anomaly mode looks at them.
+        token = torch.zeros((), device=outputs[0].device)
         needs = ctx.needs_input_grad[3:]
         leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(side, needs, strict=True)]
         ctx.walk.start_back(outputs, grads, leaves, last=last)

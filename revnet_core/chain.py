@@ -15,7 +15,7 @@ from revnet_core.coupling import AdditiveCoupling, NetName
 from revnet_core.downsampling import SpaceToDepth
 from revnet_core.errors import located
 from revnet_core.exactness import GridWatch, Verdict
-from revnet_core.gradients import Gradients, root_of
+from revnet_core.gradients import Gradients, refuse_outside_tensors, root_of
 from revnet_core.precision import Precision
 from revnet_core.replay import AutocastState, Replay
 
@@ -117,8 +117,13 @@ class ChainRun:
         if self.precision.exact:
             self._watch = GridWatch(self.precision, s1.value, s2.value, len(self.blocks))
 
-    def step(self, index: int, evaluate: Evaluator | None = None) -> None:
-        """One block forward. evaluate: makes the evaluations of F and G, in place of a plain call."""
+    def step(self, index: int, evaluate: Evaluator | None = None, *, walked_back: bool = True) -> None:
+        """One block forward.
+
+        evaluate     makes the evaluations of F and G, in place of a plain call
+        walked_back  whether a backward may come to the block; it does not where nothing known needs a gradient, and
+                     what is not known has to be found here
+        """
         assert self._autocast is not None
         assert self.streams is not None
         block, (s1, s2) = self.blocks[index], self.streams
@@ -131,8 +136,8 @@ class ChainRun:
                 s2.replace(y2)
                 return
             self._replays.append({name: self._new_replay(getattr(block, name), s1.value.device) for name in ("f", "g")})
-            self._forward_half(index, block, "f", s2, s1, evaluate)
-            self._forward_half(index, block, "g", s1, s2, evaluate)
+            self._forward_half(index, block, "f", s2, s1, evaluate, walked_back)
+            self._forward_half(index, block, "g", s1, s2, evaluate, walked_back)
 
     def close(self) -> Streams:
         """End the forward; returns the chain's output."""
@@ -211,11 +216,18 @@ class ChainRun:
         source: Buffer,
         target: Buffer,
         evaluate: Evaluator | None,
+        walked_back: bool,
     ) -> None:
         replay = self._replays[index][name]
 
         def call(stream: Tensor) -> Tensor:
-            return block.evaluate(name, stream, self.side, own_copy=replay.observed)
+            if walked_back:
+                return block.evaluate(name, stream, self.side, own_copy=replay.observed)
+            with torch.enable_grad():
+                out = block.evaluate(name, stream.detach(), self.side, own_copy=replay.observed)
+            if root := root_of(out):
+                refuse_outside_tensors(getattr(block, name), root, ())
+            return out.detach()
 
         with located(f"couplings[{index}].{name}: "), replay.recording():
             out = evaluate(index, call, source.value) if evaluate else call(source.value)

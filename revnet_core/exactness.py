@@ -66,6 +66,8 @@ class GridWatch:
         self._peaks_B = torch.zeros(blocks, device=s1.device, dtype=s1.dtype)
 
     def note(self, block: int, stream: Tensor) -> None:
+        if not stream.numel():
+            return
         # One pass without a temporary of the stream's size, as abs() would make; a norm takes 20 times as long.
         lowest, highest = torch.aminmax(stream)
         self._peaks_B[block] = torch.maximum(self._peaks_B[block], torch.maximum(-lowest, highest))

@@ -56,7 +56,7 @@ class Gradients:
             self._uses.take(parameters)
             torch.autograd.backward(root, d_out)
             return leaf.grad
-        _refuse_outside_tensors(net, root, {leaf, *parameters, *self._side})
+        refuse_outside_tensors(net, root, {leaf, *parameters, *self._side})
         with _without_hooks(parameters):
             d_leaf, *rest = torch.autograd.grad(root, [leaf, *parameters, *self._side], d_out, allow_unused=True)
         for tensor, gradient in zip([*parameters, *self._side], rest, strict=True):
@@ -91,10 +91,11 @@ def _without_hooks(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             parameter._backward_hooks = hooks
 
 
-def _refuse_outside_tensors(net: nn.Module, root: "Tensor | GradientEdge", known: Iterable[Tensor]) -> None:
+def refuse_outside_tensors(net: nn.Module, root: "Tensor | GradientEdge", known: Iterable[Tensor]) -> None:
     """Raise OutsideTensorError when the graph ends in a tensor whose gradient nobody would get."""
     known_ids = {id(tensor) for tensor in known}
-    first = root.grad_fn if isinstance(root, Tensor) else root.node
+    # Of a leaf, the node that accumulates its gradient.
+    first = (get_gradient_edge(root) if isinstance(root, Tensor) else root).node
     todo: list[Node | None] = [first]
     seen: set[Node | None] = {None, first}
     while todo:

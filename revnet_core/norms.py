@@ -65,7 +65,7 @@ class NormReplay:
     def _record(self, norm: _BatchNorm, x: Tensor) -> Tensor:
         """What the module's own forward does in training mode, by the operation that does not drop the statistics."""
         if x.dim() < 2 or x.numel() <= x.size(1):
-            return type(norm).forward(norm, x)  # which says what is wrong with it
+            return type(norm).forward(norm, x)  # which says what is wrong with it, if an empty batch is not all
         norm._check_input_dim(x)
         momentum = norm.momentum or 0.0
         if norm.track_running_stats and norm.num_batches_tracked is not None:
@@ -80,6 +80,8 @@ class NormReplay:
         return out
 
     def _repeat(self, norm: _BatchNorm, x: Tensor, left: Iterator[_Statistics]) -> Tensor:
+        if not x.numel():
+            return type(norm).forward(norm, x)
         return _Normalize.apply(x, norm.weight, norm.bias, *next(left), norm.eps)  # pyright: ignore[reportReturnType]
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 
 from revnet_core.errors import ChangedStateError
 from revnet_core.norms import NormReplay
@@ -16,6 +17,8 @@ from revnet_core.walk import modules_of, trained_parameters
 
 # Of these the running statistics can be left alone by one flag; a subclass with a forward of its own may not heed it.
 _FLAGGED_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+# Torch's batch norm writes its statistics without counting a version; these are everybody's names for them.
+_UNCOUNTED = ("running_mean", "running_var")
 
 
 class _Held(NamedTuple):
@@ -41,7 +44,7 @@ class Replay:
     batch norm then gets copies of its statistics rather than none, which costs a copy.
     bitwise: what the replay computes equals the recording bit for bit; otherwise batch norm reuses the statistics that
     the recording found, which is faster and off by a rounding.
-    observed: the net has hooks, which may keep what they see.
+    observed: the net has hooks in the evaluation at hand, which may keep what they see.
 
     `replaying` raises ChangedStateError when a parameter, or a buffer that the recording only read, was changed.
     """
@@ -49,15 +52,21 @@ class Replay:
     def __init__(self, net: nn.Module, device: torch.device, *, same_graph: bool = False, bitwise: bool = True) -> None:
         self._net = net
         self._device = device
-        self._same_graph = same_graph
         self._modules = modules_of(net)
         self._training = [module.training for module in self._modules]
         self._cpu_state: Tensor | None = None
         self._cuda_state: Tensor | None = None
         self._parameters: list[_Held] = []
         self._buffers: list[_Held] | None = None
-        self._norms = None if bitwise else NormReplay.of(self._modules)
-        self.observed = any(
+        # What an inner sequence evaluates again, after this replay, it has to find in one way both times.
+        inner = [m for m in self._modules if getattr(m, "activations", "stored") not in ("stored", "offloaded")]
+        self._same_graph = same_graph or any(sequence.activations == "checkpointed" for sequence in inner)
+        again = set(modules_of(*inner))
+        self._norms = None if bitwise else NormReplay.of([m for m in self._modules if m not in again])
+        self.observed = False
+
+    def _look_for_hooks(self) -> None:
+        self.observed = bool(_has_any_global_hook()) or any(
             m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
             for m in self._modules
         )
@@ -68,6 +77,7 @@ class Replay:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
+        self._look_for_hooks()
         cpu_state = torch.get_rng_state()
         cuda_state = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
         before = [
@@ -82,7 +92,7 @@ class Replay:
             self._cuda_state = cuda_state
         self._buffers = [
             held._replace(tensor=copy, version=None)
-            if copy is not None and _change_of(held, held.module._buffers)
+            if copy is not None and (_change_of(held, held.module._buffers) or _is_uncounted(held))
             else held
             for held, copy in before
         ]
@@ -97,6 +107,7 @@ class Replay:
     @contextlib.contextmanager
     def replaying(self) -> Iterator[None]:
         self._refuse_changes()
+        self._look_for_hooks()
         with contextlib.ExitStack() as undo:
             for module, training in zip(self._modules, self._training, strict=True):
                 if module.training != training:
@@ -165,6 +176,10 @@ def _change_of(held: _Held, tensors: Mapping[str, Tensor | None]) -> str | None:
     if tensors.get(held.name) is not held.tensor:
         return "replaced"
     return "changed in place" if _version_of(held.tensor) != held.version else None
+
+
+def _is_uncounted(held: _Held) -> bool:
+    return held.module.training and held.name in _UNCOUNTED
 
 
 def is_flagged(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from revnet_core import (
     audit_model_inverse,
     create_model,
 )
-from revnet_core.audit import Batch
+from revnet_core.audit import Batch, BlockDrift
 from tests.core.nets import FP64, conv_bn, input_of, sequence_of, side_of, training_step
 
 FAULT = 0.25
@@ -210,3 +210,84 @@ def test_audits_leave_no_trace() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert model.sequence.activations == "reconstructed"
     assert model.training
+
+
+def audited(precision: Precision, *, pair: bool = False, reference: bool = True) -> list[BlockDrift]:
+    torch.manual_seed(1)
+    couplings = [AdditiveCoupling(conv_bn(), conv_bn()) for _ in range(6)]
+    sequence = ReversibleSequence(couplings, precision=precision, split_dim=None if pair else 1)
+    x, _ = batch()
+    first, second = x.chunk(2, 1)
+    return audit_inverse(sequence, (first, second) if pair else x, reference=reference)
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_without_a_reference_there_are_no_errors_against_it(pair: bool) -> None:
+    for drift in audited(Precision(), pair=pair, reference=False):
+        assert (drift.reference_rel, drift.forward_reference_rel) == (None, None)
+
+
+def referenced(drifts: list[BlockDrift]) -> list[tuple[float, float]]:
+    """Of each block the errors of the rebuilt input and of the forward's."""
+    found = [(d.reference_rel, d.forward_reference_rel) for d in drifts]
+    return [(rebuilt, seen) for rebuilt, seen in found if rebuilt is not None and seen is not None]
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_a_reference_to_fp32(pair: bool) -> None:
+    drifts = audited(Precision(), pair=pair)
+    errors = referenced(drifts)
+    assert len(errors) == len(drifts) == 6
+    # The first block sees the input itself, and each later one what more blocks have rounded.
+    assert errors[0][1] == 0
+    assert errors[1][1] < errors[5][1]
+    for (rebuilt, seen), drift in zip(errors, drifts, strict=True):
+        assert rebuilt < 1e-5
+        assert abs(rebuilt - seen) <= 1.01 * drift.rel
+        assert rebuilt <= 1.01 * (drift.rel + seen)
+    # The last block's rebuilt input is about as far off as the forward's, and both by fp32's rounding.
+    assert 1e-9 < errors[5][1] < 1e-5
+    assert errors[5][0] < 5 * errors[5][1]
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_a_reference_orders_the_precisions(pair: bool) -> None:
+    fp64, fp32, bf16 = (
+        max(max(errors) for errors in referenced(audited(Precision(reconstruction=name), pair=pair)))
+        for name in ("fp64", "fp32", "bf16")
+    )
+    # With fp64 streams F and G still compute in fp32.
+    assert 0 < fp64 < 1e-5
+    assert 0 < fp32 < 1e-5
+    assert bf16 > 1000 * fp32
+
+
+@pytest.mark.parametrize("grid_bits", [16, 32])
+def test_a_reference_tells_the_grids_rounding_from_drift(grid_bits: int) -> None:
+    drifts = audited(Precision(reconstruction="exact", grid_bits=grid_bits))
+    for drift, (rebuilt, seen) in zip(drifts, referenced(drifts), strict=True):
+        assert drift.rel == 0
+        assert rebuilt == seen
+        assert (1e-6 < seen < 1e-4) if grid_bits == 16 else seen < 2e-6
+
+
+def test_a_reference_shows_a_fault() -> None:
+    drifts = audit_inverse(chain_with_fault("f", 2), input_of("conv_bn"), reference=True)
+    for block, (rebuilt, seen) in enumerate(referenced(drifts)):
+        assert seen < 1e-12
+        assert (rebuilt > 1e-3) is (block <= 2)
+
+
+def test_a_reference_with_side_inputs() -> None:
+    side = side_of("conditioned")
+    drifts = audit_inverse(sequence_of("conditioned", 3), input_of("conditioned"), reference=True, **side)  # pyright: ignore[reportArgumentType]
+    assert all(rebuilt < 1e-12 and seen < 1e-12 for rebuilt, seen in referenced(drifts))
+
+
+def test_a_models_blocks_have_a_reference_each() -> None:
+    model = Classifier(Precision())
+    state = copy.deepcopy(model.state_dict())
+    errors = referenced(audit_model_inverse(model, batch()[0], reference=True))
+    assert len(errors) == 4
+    assert all(error < 1e-5 for pair in errors for error in pair)
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)

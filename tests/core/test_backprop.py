@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.hooks import RemovableHandle
 
 from revnet_core import ACTIVATIONS, Precision
 from tests.core.nets import (
@@ -157,6 +159,33 @@ def test_hooks_on_modules_see_what_stored_shows_them(activations: str) -> None:
                 )
         training_step(model, input_of("norm_mlp"))
     torch.testing.assert_close(shown[activations], shown["stored"], rtol=1e-8, atol=1e-10)
+
+
+def watch_globally(model: nn.Module, hook: Callable[..., None]) -> RemovableHandle:
+    return register_module_forward_hook(hook)
+
+
+def watch_one_net(model: nn.Module, hook: Callable[..., None]) -> RemovableHandle:
+    return model.get_submodule("couplings.1.g").register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("watch", [watch_globally, watch_one_net])
+@pytest.mark.parametrize("since", ["forward", "backward"])
+def test_what_a_hook_keeps_is_not_overwritten(since: str, watch: Callable[..., RemovableHandle]) -> None:
+    model, x = sequence_of("norm_mlp", 3), input_of("norm_mlp")
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        if isinstance(out, Tensor) and isinstance(args[0], Tensor):
+            kept.extend((t, t.detach().clone()) for t in (args[0], out))
+
+    handle = watch(model, keep) if since == "forward" else None
+    y = model(x)
+    handle = handle or watch(model, keep)
+    weighted_sum(y).backward()
+    handle.remove()
+    assert len(kept) >= 2
+    assert all(torch.equal(tensor, before) for tensor, before in kept)
 
 
 class _SavedBytes:

@@ -115,6 +115,40 @@ def test_an_outside_tensor_that_needs_a_gradient(place: str) -> None:
         y.sum().backward()
 
 
+class Constant(nn.Module):
+    """Hands out a tensor that is registered nowhere, as it is."""
+
+    def __init__(self, outside: Tensor) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.outside = [outside]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outside[0]
+
+
+@pytest.mark.parametrize("place", ["f", "g"])
+def test_an_outside_tensor_that_is_the_output(place: str) -> None:
+    outside = torch.ones(2, 6, dtype=torch.float64, requires_grad=True)
+    y = sequence_with(Constant(outside), place)(features())
+    with pytest.raises(OutsideTensorError, match=rf"couplings\[1\]\.{place}: Constant uses a tensor of shape \(2, 6\)"):
+        y.sum().backward()
+    outside.requires_grad_(False)
+    sequence_with(Constant(outside), place)(features()).sum().backward()
+
+
+@pytest.mark.parametrize("place", ["f", "g"])
+def test_an_outside_tensor_in_a_block_that_no_backward_reaches(place: str) -> None:
+    """Frozen, and nothing before it needs a gradient."""
+    outside = torch.ones(5, dtype=torch.float64, requires_grad=True)
+    sequence = sequence_with(Closure(outside), place).requires_grad_(False)
+    sequence.couplings.append(AdditiveCoupling(nn.Linear(6, 6), nn.Linear(6, 6)).double())
+    with pytest.raises(OutsideTensorError, match=rf"couplings\[1\]\.{place}: Closure uses a tensor of shape \(5,\)"):
+        sequence(features(requires_grad=False))
+    outside.requires_grad_(False)
+    sequence(features(requires_grad=False)).sum().backward()
+
+
 def test_an_outside_tensor_that_comes_to_need_a_gradient_later() -> None:
     outside = torch.ones(5, dtype=torch.float64)
     sequence = sequence_with(Closure(outside))
