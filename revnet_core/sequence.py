@@ -13,6 +13,8 @@ from revnet_core.backprop import backpropagate
 from revnet_core.budget import Budgeted, SavedBytes
 from revnet_core.chain import Block, ChainRun, Streams, split
 from revnet_core.compiled import register, run_compiled
+from revnet_core.coupling import AdditiveCoupling
+from revnet_core.downsampling import SpaceToDepth
 from revnet_core.errors import ShapeError, UnsupportedError, located
 from revnet_core.exactness import Verdict
 from revnet_core.offload import offloaded
@@ -57,6 +59,12 @@ class ReversibleSequence(nn.Module):
     ) -> None:
         super().__init__()
         self.couplings = nn.ModuleList(couplings)
+        for index, block in enumerate(self.couplings):
+            if type(block).forward not in (AdditiveCoupling.forward, SpaceToDepth.forward):
+                raise UnsupportedError(
+                    f"couplings[{index}] is a {type(block).__name__}, whose forward the backward would not undo. Give an "
+                    "AdditiveCoupling(f, g) or a SpaceToDepth, and put what is special into f and g."
+                )
         self.split_dim = split_dim
         self.activations = activations
         self.precision = precision

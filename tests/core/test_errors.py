@@ -291,3 +291,14 @@ def test_an_input_changed_in_place_after_the_forward(activations: str) -> None:
 def test_an_error_in_f_passes_as_it_is() -> None:
     with pytest.raises(RuntimeError, match="expected input"):
         ReversibleSequence([AdditiveCoupling(conv_bn(), conv_bn())])(torch.zeros(1, 6, 4, 4))
+
+
+class ScaledCoupling(AdditiveCoupling):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return tuple(2 * stream for stream in super().forward(*args, **kwargs))
+
+
+@pytest.mark.parametrize("block", [ScaledCoupling(nn.Tanh(), nn.Tanh()), nn.Tanh()])
+def test_a_block_that_the_backward_would_not_undo_is_refused(block: Any) -> None:
+    with pytest.raises(UnsupportedError, match=rf"couplings\[1\] is a {type(block).__name__}"):
+        ReversibleSequence([AdditiveCoupling(nn.Tanh(), nn.Tanh()), block])
