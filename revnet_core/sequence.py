@@ -62,8 +62,8 @@ class ReversibleSequence(nn.Module):
         for index, block in enumerate(self.couplings):
             if type(block).forward not in (AdditiveCoupling.forward, SpaceToDepth.forward):
                 raise UnsupportedError(
-                    f"couplings[{index}] is a {type(block).__name__}, whose forward the backward would not undo. Give an "
-                    "AdditiveCoupling(f, g) or a SpaceToDepth, and put what is special into f and g."
+                    f"couplings[{index}] is a {type(block).__name__}, whose forward the backward would not undo. Give "
+                    "an AdditiveCoupling(f, g) or a SpaceToDepth, and put what is special into f and g."
                 )
         self.split_dim = split_dim
         self.activations = activations

@@ -1,6 +1,7 @@
 """What cannot work raises an error that names the block and the remedy; a wrong gradient is never silent."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from revnet_core import (
     PrecisionError,
     ReversibleSequence,
     ShapeError,
+    UnsupportedError,
 )
 from tests.core.nets import (
     FP64,
