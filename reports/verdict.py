@@ -35,7 +35,8 @@ def growth_sentences(frame: pd.DataFrame, metric: str, label: str) -> list[str]:
         parts = ", ".join(f"{slope_text(row)} with {without_model(row['strategy'])}" for _, row in rows.iterrows())
         sentence = f"{model}, batch {first['batch_size']}: the {label} per block: {parts}."
         if len(rows) > 1 and first["slope_bytes"] > 0 and last["slope_bytes"] > 0:
-            sentence += f" The last is {100 * last['slope_bytes'] / first['slope_bytes']:.2g} % of the first."
+            percent = 100 * last["slope_bytes"] / first["slope_bytes"]
+            sentence += f" The last is {f'{percent:.2g}' if percent >= 0.1 else 'less than 0.1'} % of the first."
         sentences.append(sentence)
     return sentences
 

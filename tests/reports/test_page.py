@@ -91,3 +91,13 @@ def test_a_browser_draws_every_figure_without_an_error(make_run: Make, sweep: li
         figure = done.stdout[done.stdout.index(f'id="figure-{anchor}"') :]
         assert figure.index("main-svg") < 3000, f"{anchor} was not drawn"
     assert "24 of 24 trials" in done.stdout
+
+
+def test_a_share_too_small_to_mean_anything_is_not_spelled_out(make_run: Make) -> None:
+    flat = [trial(n, depth=depth, activations="reconstructed") for n, depth in enumerate((14, 26, 38))]
+    flat = [
+        record.model_copy(update={"metrics": record.metrics | {"activation_peak_bytes": 2**24 + n}})
+        for n, record in enumerate(flat)
+    ]
+    html = build_report(make_run([*flat, *(trial(10 + n, depth=depth) for n, depth in enumerate((14, 26, 38)))]))
+    assert "The last is less than 0.1 % of the first." in html
