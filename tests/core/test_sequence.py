@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from revnet_core import ACTIVATIONS, ReversibleSequence, UnsupportedError
 from tests.core.nets import IMAGE_NCHW, KINDS, assert_same, input_of, sequence_of, side_of, training_step, twin_of
 
-SAVING = ("checkpointed", "reconstructed")
+SAVING = ("checkpointed", "offloaded", "reconstructed")
 SHARED_KINDS = ("conv_bn", "dropout", "full_bias", "counting", "conditioned")
 
 
