@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call, vjp
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from revnet_core.chain import Block, Streams
@@ -90,10 +91,11 @@ def run_compiled(
         for name, value in side.items()
     )
     autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    if _draws_at_random(number, _sizes(s1), str(s1.dtype), str(s1.device), described, *autocast):
+    obstacle = _obstacle(number, _sizes(s1), str(s1.dtype), str(s1.device), described, *autocast)
+    if obstacle:
         raise UnsupportedError(
-            "F or G draws at random (dropout, say), which a recompute within a compiled graph cannot repeat. Compile F "
-            "and G each on their own, or set activations='stored' or 'checkpointed' for this sequence."
+            f"F or G {obstacle}. Compile F and G each on their own, or set activations='stored' or 'checkpointed' for "
+            "this sequence."
         )
     nets = _plan(number)
     names = tuple(name for name, value in side.items() if isinstance(value, Tensor))
@@ -262,14 +264,30 @@ def _rebuilds_within(number: int) -> bool:
     return any(getattr(module, "activations", "stored") != "stored" for module in modules_of(_chains[number]))
 
 
-class _SpyOnDraws(TorchDispatchMode):
-    def __init__(self) -> None:
+class _Spy(TorchDispatchMode):
+    """Looks at every operation for what a recompute within a graph cannot do right; `found` says what."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
         super().__init__()
-        self.found = False
+        self.found = ""
+        self._mode = mode
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found = self.found or (torch.Tag.nondeterministic_seeded in func.tags and _has_chance(func, args, kwargs))
-        return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map_only(Tensor, self._without_contents, (args, kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags and _has_chance(func, args, kwargs):
+            self.found = "draws at random (dropout, say), which a recompute within a compiled graph cannot repeat"
+        return func(*args, **kwargs)
+
+    def _without_contents(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        # Parameters, buffers and inputs are fakes already, so this one comes from elsewhere.
+        if tensor.requires_grad:
+            self.found = (
+                f"uses a tensor of shape {tuple(tensor.shape)} that needs a gradient and is neither its parameter nor "
+                "an input, so that its gradient would be lost; register it, pass it as a side input, or detach it"
+            )
+        return self._mode.from_tensor(tensor)
 
 
 def _has_chance(func: Any, args: Any, kwargs: Any) -> bool:
@@ -280,7 +298,7 @@ def _has_chance(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _draws_at_random(
+def _obstacle(
     number: int,
     shape: tuple[int, ...],
     dtype: str,
@@ -288,8 +306,11 @@ def _draws_at_random(
     side: tuple[tuple[str, Any], ...],
     autocast_enabled: bool,
     autocast_dtype: torch.dtype,
-) -> bool:
-    """Run the chain on tensors without contents and see. Runs once, when the graph is traced."""
+) -> str:
+    """Run the chain on tensors without contents and see; empty where nothing is in the way.
+
+    Runs once, when the graph is traced.
+    """
     couplings = _chains[number]
 
     def like(shape: tuple[int, ...], dtype: str) -> Tensor:
@@ -299,7 +320,7 @@ def _draws_at_random(
         FakeTensorMode() as mode,
         torch.no_grad(),
         torch.autocast(torch.device(device).type, dtype=autocast_dtype, enabled=autocast_enabled),
-        _SpyOnDraws() as spy,
+        _Spy(mode) as spy,
     ):
         s1, s2 = like(shape, dtype), like(shape, dtype)
         values = {name: like(*value) if isinstance(value, tuple) else value for name, value in side}

@@ -137,6 +137,32 @@ def test_random_draws_are_refused_and_not_drawn_twice(net: nn.Module) -> None:
     compiled(model)(torch.randn(2, 4, requires_grad=True)).sum().backward()
 
 
+class Scaled(nn.Module):
+    """Multiplies by a tensor that is not registered anywhere."""
+
+    def __init__(self, factor: Tensor) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.held = [factor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.held[0]
+
+
+def test_a_tensor_from_elsewhere_may_be_used_unless_its_gradient_would_be_lost() -> None:
+    factor = torch.tensor([2.0, 3.0])
+    results = []
+    for compile_it in (False, True):
+        torch.manual_seed(1)
+        model = ReversibleSequence([AdditiveCoupling(Scaled(factor), nn.Tanh())])
+        x = torch.ones(3, 4, requires_grad=True)
+        weighted_sum((compiled(model) if compile_it else model)(x)).backward()
+        results.append([x.grad, *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(results[1], results[0])
+    learning = ReversibleSequence([AdditiveCoupling(Scaled(factor.clone().requires_grad_()), nn.Tanh())])
+    assert "its gradient would be lost" in str(raised(learning, torch.ones(3, 4, requires_grad=True)))
+
+
 def test_exact_reconstruction_and_nested_sequences_are_refused() -> None:
     exact = ReversibleSequence([AdditiveCoupling(nn.Tanh(), nn.Tanh())], precision=Precision(reconstruction="exact"))
     assert "exact reconstruction cannot be part" in str(raised(exact, torch.randn(2, 4, requires_grad=True)))
