@@ -62,14 +62,14 @@ class SavedBytes:
         self._own = [t for block in blocks for t in (*block.parameters(), *block.buffers())]
 
     def __call__(self, index: int, call: Callable[[Tensor], Tensor], source: Tensor) -> Tensor:
-        seen = {t.untyped_storage().data_ptr() for t in self._own}
+        seen = {t.untyped_storage()._cdata for t in self._own}
         # The graph dies with this call; what it saved is kept until then, for the same reason.
         saved: list[Tensor] = []
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in seen:
-                seen.add(storage.data_ptr())
+            if storage._cdata not in seen:
+                seen.add(storage._cdata)
                 self.block_bytes[index] += storage.nbytes()
             saved.append(tensor)
             return tensor

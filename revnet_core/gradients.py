@@ -66,7 +66,7 @@ class Gradients:
                 self._sums[tensor] = self._sums[tensor] + gradient
             else:
                 # A gradient may be d_out itself (of a bias of full shape), which is overwritten next.
-                shares = gradient.untyped_storage().data_ptr() == d_out.untyped_storage().data_ptr()
+                shares = gradient.untyped_storage()._cdata == d_out.untyped_storage()._cdata
                 self._sums[tensor] = gradient.clone() if shares else gradient
         return d_leaf
 

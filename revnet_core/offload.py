@@ -16,23 +16,40 @@ class _OnHost(NamedTuple):
     host: Tensor
     device: torch.device
 
+    def back(self) -> Tensor:
+        return self.host.to(self.device, non_blocking=True)
+
+
+class _Form(NamedTuple):
+    """A tensor on `meta`, which has no contents to copy: what is left of it when it is off the device."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def back(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+
 
 @contextlib.contextmanager
 def offloaded(module: nn.Module) -> Iterator[None]:
-    """What autograd saves within lies in pinned host memory; on the CPU it is there already and stays as it is.
+    """What autograd saves within lies in pinned host memory; on the CPU it is there already and stays as it is. On
+    `meta`, which stands for any other device, it lies nowhere.
 
     Unlike `torch.autograd.graph.save_on_cpu` it leaves the parameters of `module` where they are, and copies a tensor
     that several operations save only once.
     """
-    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-    # By address, which may be given again once a storage has died.
+    own = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
+    # By the storage's own address, which may be given again once it has died.
     copies: dict[tuple[object, ...], tuple[StorageWeakRef, _OnHost]] = {}
 
-    def pack(tensor: Tensor) -> Tensor | _OnHost:
+    def pack(tensor: Tensor) -> Tensor | _OnHost | _Form:
         storage = tensor.untyped_storage()
-        if _is_on_host(tensor) or storage.nbytes() < SMALLEST_BYTES or storage.data_ptr() in own:
+        if _is_on_host(tensor) or storage.nbytes() < SMALLEST_BYTES or storage._cdata in own:
             return tensor
-        key = storage.data_ptr(), tensor._version, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()
+        if tensor.device.type == "meta":
+            return _Form(tensor.shape, tensor.stride(), tensor.dtype)
+        key = storage._cdata, tensor._version, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()
         if key in copies and not copies[key][0].expired():
             return copies[key][1]
         host = torch.empty_strided(
@@ -43,8 +60,8 @@ def offloaded(module: nn.Module) -> Iterator[None]:
         copies[key] = StorageWeakRef(storage), packed
         return packed
 
-    def unpack(packed: Tensor | _OnHost) -> Tensor:
-        return packed if isinstance(packed, Tensor) else packed.host.to(packed.device, non_blocking=True)
+    def unpack(packed: Tensor | _OnHost | _Form) -> Tensor:
+        return packed if isinstance(packed, Tensor) else packed.back()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
@@ -52,4 +69,4 @@ def offloaded(module: nn.Module) -> Iterator[None]:
 
 
 def _is_on_host(tensor: Tensor) -> bool:
-    return tensor.device.type in ("cpu", "meta")  # on "meta" there is nothing to copy
+    return tensor.device.type == "cpu"

@@ -60,3 +60,15 @@ def test_an_address_that_is_used_again_is_copied_again(copies: list[Tensor]) -> 
 def test_on_the_host_itself_nothing_is_copied() -> None:
     tensor = torch.zeros(10_000)
     assert offload._is_on_host(tensor)
+
+
+def test_on_meta_what_is_saved_leaves_the_device() -> None:
+    """`meta` stands for a GPU there, so that what a step of an offloaded model takes can be found out without one."""
+    x = torch.zeros(64, 100, device="meta", requires_grad=True)
+    with offload.offloaded(torch.nn.Identity()):
+        y = x.exp()
+    saved = y.grad_fn._raw_saved_result  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    assert saved.data is not y
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape

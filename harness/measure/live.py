@@ -1,0 +1,183 @@
+"""Which storages a step's operations allocate, which module owns them, and when they die: live-storage tracking.
+
+Works on every device, also on `meta`, where nothing is allocated. It sees what operations return, not what a kernel
+takes for itself meanwhile; a model of that can be given.
+"""
+
+import contextlib
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Phase = Literal["forward", "backward"]
+# Bytes that a kernel holds at its own peak, what it returns included, above the level before it.
+KernelPeak = Callable[[Any, tuple[Any, ...], Any], int]
+# The function of torch.autograd in which the engine runs; operations called from it are the engine's own.
+_ENGINE = "_engine_run_backward"
+# Between an operation's caller and a dispatch mode.
+_WRAPPERS = ("torch._compile", "torch._dynamo.eval_frame")
+
+
+@dataclass(slots=True)
+class Storage:
+    """One allocation that an operation returned.
+
+    owner       dotted path of the innermost module that was running; "" outside all of them
+    by_engine   whether autograd's engine called the operation: a gradient. In the backward the others are
+                recomputed activations, rebuilt streams, and what else Python code of a backward makes
+    saved       alive between forward and backward
+    address     of its first byte; 0 on `meta`
+    born_ns     `time.time_ns()` when the operation had returned
+    """
+
+    nbytes: int
+    phase: Phase
+    operation: str
+    owner: str
+    by_engine: bool
+    address: int
+    born_ns: int
+    saved: bool = False
+
+
+class Peak(NamedTuple):
+    """The highest level: `level_bytes` in all, when `changes` of the tracker's changes had happened, in `operation`,
+    of which `kernel_bytes` are not in any storage: a kernel's own scratch."""
+
+    level_bytes: int
+    changes: int
+    operation: str
+    kernel_bytes: int
+
+
+class LiveStorages(TorchDispatchMode):
+    """Use as a context around one step, and call `end_forward` between forward and backward.
+
+    existing     what is not to be counted: parameters, gradients, buffers, the batch
+    model        whose modules' names owners are told by
+    kernel_peak  model of what a kernel needs meanwhile: operation, arguments, output -> bytes
+
+    storages     in order of birth
+    changes      (index of a storage, its bytes, negative when it died), in order
+    level_bytes  alive now, above the level at the start
+    """
+
+    def __init__(
+        self, existing: Iterable[Tensor], *, model: nn.Module | None = None, kernel_peak: KernelPeak | None = None
+    ) -> None:
+        super().__init__()
+        self.storages: list[Storage] = []
+        self.changes: list[tuple[int, int]] = []
+        self.level_bytes = 0
+        self.forward_end: int | None = None
+        self.peak = Peak(0, 0, "", 0)
+        self._phase: Phase = "forward"
+        self._kernel_peak = kernel_peak
+        # By the address of the storage object, which is its own as long as it lives.
+        self._known: dict[int, weakref.ref[Any] | None] = {}
+        self._alive: set[int] = set()
+        self._existing = list(existing)
+        for tensor in self._existing:
+            self._known[tensor.untyped_storage()._cdata] = None
+        self._names = {} if model is None else {module: name for name, module in model.named_modules()}
+        self._running: list[str] = []
+        self._undo = contextlib.ExitStack()
+
+    def __enter__(self) -> "LiveStorages":
+        self._undo.enter_context(_calls_seen_by(self._call))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._undo.close()
+
+    def end_forward(self) -> int:
+        """From here on is backward. Returns the saved bytes."""
+        self._phase = "backward"
+        self.forward_end = len(self.changes)
+        for index in self._alive:
+            self.storages[index].saved = True
+        return self.level_bytes
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        before_bytes = self.level_bytes
+        out = func(*args, **(kwargs or {}))
+        by_engine = _called_by_engine(sys._getframe(1))
+        for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._note(tensor, func, args, by_engine)
+        rise_bytes = risen_bytes = self.level_bytes - before_bytes
+        if by_engine and func is torch.ops.aten.add.Tensor:
+            # Without a dispatch mode the engine adds a gradient to the one before in place.
+            risen_bytes = 0
+        if self._kernel_peak is not None:
+            risen_bytes = max(risen_bytes, self._kernel_peak(func, args, out))
+        if before_bytes + risen_bytes > self.peak.level_bytes:
+            kernel_bytes = max(0, risen_bytes - rise_bytes)
+            self.peak = Peak(before_bytes + risen_bytes, len(self.changes), str(func), kernel_bytes)
+        return out
+
+    def _note(self, tensor: Tensor, func: Any, args: tuple[Any, ...], by_engine: bool) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        if any(isinstance(t, Tensor) and t.untyped_storage()._cdata == key for t in tree_leaves(args)):
+            self._known[key] = None  # a view of what was there before
+            return
+        index, nbytes = len(self.storages), storage.nbytes()
+
+        def die(_: Any) -> None:
+            del self._known[key]
+            self._alive.discard(index)
+            self.level_bytes -= nbytes
+            self.changes.append((index, -nbytes))
+
+        self._known[key] = weakref.ref(storage, die)
+        self._alive.add(index)
+        self.level_bytes += nbytes
+        self.changes.append((index, nbytes))
+        owner = self._running[-1] if self._running else ""
+        address = 0 if tensor.device.type == "meta" else storage.data_ptr()
+        self.storages.append(Storage(nbytes, self._phase, str(func), owner, by_engine, address, time.time_ns()))
+
+    def _call(self, module: nn.Module, call: Callable[[], Any]) -> Any:
+        self._running.append(self._names.get(module) or type(module).__name__)
+        try:
+            return call()
+        finally:
+            self._running.pop()
+
+
+def _called_by_engine(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_globals.get("__name__") in _WRAPPERS:
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_name == _ENGINE
+
+
+@contextlib.contextmanager
+def _calls_seen_by(around: Callable[[nn.Module, Callable[[], Any]], Any]) -> Iterator[None]:
+    """Every call of a module goes through `around`. Hooks would not do: a module that has some is evaluated with
+    care for what they may keep, and that changes what is measured."""
+    original = nn.Module.__call__
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return around(module, lambda: original(module, *args, **kwargs))
+
+    nn.Module.__call__ = call
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = original
