@@ -97,18 +97,24 @@ def _train_under_engine(spec: TrialSpec, device: torch.device, result: Result) -
             if index >= spec.warmup_steps:
                 step_s.append(seconds)
         measured_losses = [loss.item() for loss in losses[spec.warmup_steps :]]
-        _record_steps(spec, step_s, measured_losses, result)
+        _record_steps(spec, step_s, measured_losses, getattr(model, "tokens_per_sample", None), result)
         _record_memory(engine, device, batches[-1], result)
     finally:
         engine.close()
 
 
-def _record_steps(spec: TrialSpec, step_s: Sequence[float], losses: Sequence[float], result: Result) -> None:
+def _record_steps(
+    spec: TrialSpec, step_s: Sequence[float], losses: Sequence[float], tokens_per_sample: object, result: Result
+) -> None:
     for index, (seconds, loss) in enumerate(zip(step_s, losses, strict=True)):
         result.trace += [TraceRow("step", index, "step_s", seconds), TraceRow("step", index, "loss", loss)]
-    # Ranks wait for each other in every step, so the slowest rank's time is the step's.
-    slowest_s = [max(ranks) for ranks in zip(*gather(list(step_s)), strict=True)]
-    result.metrics |= summarize(slowest_s, spec.batch_size * spec.workers)
+    metrics, unmeasured = summarize(
+        gather(list(step_s)),
+        samples_per_step=spec.batch_size * spec.workers,
+        tokens_per_sample=tokens_per_sample if isinstance(tokens_per_sample, int) else None,
+    )
+    result.metrics |= metrics
+    result.unmeasured |= unmeasured
     result.metrics["loss_last"] = losses[-1]
     if not all(map(math.isfinite, losses)):
         first = next(index for index, loss in enumerate(losses) if not math.isfinite(loss))
