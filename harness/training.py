@@ -12,8 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from harness.data import CHANNELS, load_data, num_classes
-from harness.engine import TrainingEngine, gather, join_ranks, leave_ranks, pick_device, set_compute
+from harness.engine import AUTOCAST, TrainingEngine, gather, join_ranks, leave_ranks, pick_device, set_compute
 from harness.measure.drift import measure_drift
+from harness.measure.flops import measure_flops, utilization
+from harness.measure.machine import device_name
 from harness.measure.memory import measure_memory
 from harness.measure.timing import summarize, time_step
 from harness.models import build_model
@@ -48,6 +50,10 @@ def train(spec: TrialSpec, scratch: Path, result: Result) -> None:
     if device.type == "cpu":
         torch.set_num_threads(spec.resources.cpus_per_worker)
     set_compute(spec.compute)
+    # Before the limit, and long before what is measured: what the counting leaves behind is a part of neither.
+    counted, uncounted = count_flops(spec)
+    result.metrics |= counted
+    result.unmeasured |= uncounted
     limit_memory(device, spec.resources.memory_bytes)
     join_ranks(device, scratch)
     try:
@@ -115,6 +121,9 @@ def _record_steps(
     )
     result.metrics |= metrics
     result.unmeasured |= unmeasured
+    shares, reasons = utilization(result.metrics, metrics["step_median_s"], device_name(result.device), spec.compute)
+    result.metrics |= shares
+    result.unmeasured |= reasons
     result.metrics["loss_last"] = losses[-1]
     if not all(map(math.isfinite, losses)):
         first = next(index for index, loss in enumerate(losses) if not math.isfinite(loss))
@@ -149,6 +158,26 @@ def create(spec: TrialSpec) -> nn.Module:
             precision=Precision(spec.compute, spec.reconstruction),
         )
     return model.train()
+
+
+def count_flops(spec: TrialSpec) -> tuple[dict[str, int], dict[str, str]]:
+    """Operations of one step of one rank, and why they are missing; see `measure_flops`."""
+
+    def build(activations: str) -> nn.Module:
+        # Autocast and the verdict on an exact reconstruction need contents; neither changes what is counted.
+        reconstruction = "fp32" if spec.reconstruction == "exact" else spec.reconstruction
+        budget_bytes = spec.budget_bytes if activations == "budgeted" else None
+        update = {"activations": activations, "budget_bytes": budget_bytes, "reconstruction": reconstruction}
+        return create(spec.model_copy(update=update | {"compute": "fp32"}))
+
+    image_shape = spec.batch_size, CHANNELS, spec.data.image_size, spec.data.image_size
+    counted, unmeasured = measure_flops(build, spec.activations, loss_of, image_shape)
+    if spec.activations == "budgeted" and spec.compute in AUTOCAST and counted:
+        del counted["flops_recompute"]
+        unmeasured["flops_recompute"] = (
+            f"which blocks the budget stores depends on their bytes in {spec.compute}, which meta tensors do not show"
+        )
+    return counted, unmeasured
 
 
 def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
