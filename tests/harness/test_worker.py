@@ -122,6 +122,19 @@ def test_a_model_that_does_not_run_on_meta_tensors_has_no_count_and_trains_all_t
     assert record.unmeasured["flops_forward"].startswith("the model does not run on meta tensors")
 
 
+@pytest.mark.parametrize(("of_user", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(
+    spec: TrialSpec, monkeypatch: pytest.MonkeyPatch, of_user: str | None, policy: str
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if of_user:
+        monkeypatch.setenv("OMP_WAIT_POLICY", of_user)
+    raising = spec.model_copy(update={"model": "faulty_models:raises", "depth": None, "activations": "stored"})
+    done = supervise(raising, timeout_s=120)
+    assert done.record.machine["environment"]["OMP_WAIT_POLICY"] == policy
+
+
 def test_one_rank_that_fails_ends_the_others(spec: TrialSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
     update = {"model": "faulty_models:killed", "depth": None, "activations": "stored", "workers": 2}
