@@ -9,17 +9,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from harness.data import CHANNELS, load_data, num_classes
+from harness.data import load_data
 from harness.engine import TrainingEngine, gather, join_ranks, leave_ranks, pick_device, set_compute
 from harness.measure.drift import measure_drift
 from harness.measure.memory import measure_memory
 from harness.measure.timing import summarize, time_step
-from harness.models import build_model
+from harness.models import create, loss_of
 from harness.record import TraceRow
 from harness.trials import TrialSpec
-from revnet_core import Budgeted, Precision
 
 Batch = tuple[Tensor, Tensor]
 
@@ -127,28 +126,6 @@ def _record_memory(engine: TrainingEngine, device: torch.device, batch: Batch, r
         result.metrics[f"{name.removesuffix('_bytes')}_rank_spread_bytes"] = max(ranks) - min(ranks)
     for index, (seconds, level) in enumerate(use.timeline):
         result.trace += [TraceRow("memory", index, "time_s", seconds), TraceRow("memory", index, "live_bytes", level)]
-
-
-def create(spec: TrialSpec) -> nn.Module:
-    """The trial's model on the host: the same weights for the same seed, whatever becomes of the activations."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec.seed)
-        model = build_model(
-            spec.model,
-            depth=spec.depth,
-            channels=spec.channels,
-            num_classes=num_classes(spec.data.name),
-            in_channels=CHANNELS,
-            activations=spec.activations if spec.budget_bytes is None else Budgeted(spec.budget_bytes),
-            precision=Precision(spec.compute, spec.reconstruction),
-        )
-    return model.train()
-
-
-def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy in at least fp32, whatever the network computed in."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return nn.functional.cross_entropy(wide, labels)
 
 
 def limit_memory(device: torch.device, memory_bytes: int | None) -> None:
