@@ -87,8 +87,19 @@ class CpuKernels(NamedTuple):
             few = x.shape[1] < self.lanes
             dw_bytes = self._blocked_weights(w, few)
             operands_bytes = self._blocked(dy) + (0 if few else self._blocked(x))
+            if x.dtype == torch.bfloat16:
+                operands_bytes += self._sum_of_weights(dy, x, w, stride)
             peak_bytes = max(peak_bytes, dx_bytes + dw_bytes + max(operands_bytes, _nbytes(w)))
         return peak_bytes
+
+    def _sum_of_weights(self, dy: Tensor, x: Tensor, w: Tensor, stride: list[int]) -> int:
+        """In bf16 the gradient by the weights is summed in fp32, from one image's operands transposed; by each thread,
+        unless the convolution is strided. 1x1 kernels need no transposing."""
+        sum_bytes = self._blocked_weights(w, False) // w.element_size() * torch.float32.itemsize
+        transposed_bytes = 0
+        if w.shape[2:].numel() > 1:
+            transposed_bytes = self._blocked(x[:1]) + self._blocked(dy[:1])
+        return (self.threads if max(stride) == 1 else 1) * (sum_bytes + transposed_bytes)
 
     def _by_onednn(self, x: Tensor, w: Tensor, stride: list[int], dilation: list[int], groups: int) -> bool:
         if x.dtype != torch.float32:

@@ -70,6 +70,7 @@ class LiveStorages(TorchDispatchMode):
     storages     in order of birth
     changes      (index of a storage, its bytes, negative when it died), in order
     level_bytes  alive now, above the level at the start
+    peaks        of each phase
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class LiveStorages(TorchDispatchMode):
         self.changes: list[tuple[int, int]] = []
         self.level_bytes = 0
         self.forward_end: int | None = None
-        self.peak = Peak(0, 0, "", 0)
+        self.peaks: dict[Phase, Peak] = dict.fromkeys(("forward", "backward"), Peak(0, 0, "", 0))
         self._phase: Phase = "forward"
         self._kernel_peak = kernel_peak
         self._granularity_bytes = granularity_bytes
@@ -107,6 +108,10 @@ class LiveStorages(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._undo.close()
+
+    @property
+    def peak(self) -> Peak:
+        return max(self.peaks.values())
 
     def end_forward(self) -> int:
         """From here on is backward. Returns the saved bytes."""
@@ -132,9 +137,9 @@ class LiveStorages(TorchDispatchMode):
         risen_bytes = rise_bytes if reused_bytes is None else 0
         if self._kernel_peak is not None:
             risen_bytes = max(risen_bytes, self._kernel_peak(func, args, out))
-        if before_bytes + risen_bytes > self.peak.level_bytes:
+        if before_bytes + risen_bytes > self.peaks[self._phase].level_bytes:
             kernel_bytes = max(0, risen_bytes - rise_bytes)
-            self.peak = Peak(before_bytes + risen_bytes, len(self.changes), str(func), kernel_bytes)
+            self.peaks[self._phase] = Peak(before_bytes + risen_bytes, len(self.changes), str(func), kernel_bytes)
         return out
 
     def _note(
