@@ -27,3 +27,7 @@ class RecordError(StoreError):
 
 class ResourceError(HarnessError):
     """A trial asks for more than the machine or the cluster has."""
+
+
+class PredictionError(HarnessError):
+    """The memory of a trial cannot be told without running it."""

@@ -11,17 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from harness.data import CHANNELS, load_data, num_classes
+from harness.data import CHANNELS, load_data
 from harness.engine import AUTOCAST, TrainingEngine, gather, join_ranks, leave_ranks, pick_device, set_compute
 from harness.measure.drift import measure_drift
 from harness.measure.flops import measure_flops, utilization
 from harness.measure.machine import device_name
 from harness.measure.memory import measure_memory
 from harness.measure.timing import summarize, time_step
-from harness.models import build_model
+from harness.models import create, loss_of
 from harness.record import TraceRow
 from harness.trials import TrialSpec
-from revnet_core import Budgeted, Precision
 
 Batch = tuple[Tensor, Tensor]
 
@@ -144,31 +143,14 @@ def _record_memory(engine: TrainingEngine, device: torch.device, batch: Batch, r
         result.trace += [TraceRow("memory", index, "time_s", seconds), TraceRow("memory", index, "live_bytes", level)]
 
 
-def create(spec: TrialSpec) -> nn.Module:
-    """The trial's model on the host: the same weights for the same seed, whatever becomes of the activations."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec.seed)
-        model = build_model(
-            spec.model,
-            depth=spec.depth,
-            channels=spec.channels,
-            num_classes=num_classes(spec.data.name),
-            in_channels=CHANNELS,
-            activations=spec.activations if spec.budget_bytes is None else Budgeted(spec.budget_bytes),
-            precision=Precision(spec.compute, spec.reconstruction),
-        )
-    return model.train()
-
-
 def count_flops(spec: TrialSpec) -> tuple[dict[str, int], dict[str, str]]:
     """Operations of one step of one rank, and why they are missing; see `measure_flops`."""
 
     def build(activations: str) -> nn.Module:
-        # Autocast and the verdict on an exact reconstruction need contents; neither changes what is counted.
-        reconstruction = "fp32" if spec.reconstruction == "exact" else spec.reconstruction
         budget_bytes = spec.budget_bytes if activations == "budgeted" else None
-        update = {"activations": activations, "budget_bytes": budget_bytes, "reconstruction": reconstruction}
-        return create(spec.model_copy(update=update | {"compute": "fp32"}))
+        # There is no autocast on `meta`; what is counted does not depend on it.
+        update = {"activations": activations, "budget_bytes": budget_bytes, "compute": "fp32"}
+        return create(spec.model_copy(update=update))
 
     image_shape = spec.batch_size, CHANNELS, spec.data.image_size, spec.data.image_size
     counted, unmeasured = measure_flops(build, spec.activations, loss_of, image_shape)
@@ -178,12 +160,6 @@ def count_flops(spec: TrialSpec) -> tuple[dict[str, int], dict[str, str]]:
             f"which blocks the budget stores depends on their bytes in {spec.compute}, which meta tensors do not show"
         )
     return counted, unmeasured
-
-
-def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy in at least fp32, whatever the network computed in."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return nn.functional.cross_entropy(wide, labels)
 
 
 def limit_memory(device: torch.device, memory_bytes: int | None) -> None:

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harness.measure.flops import NAMES, StepFlops, UncountedError, count_step, measure_flops, utilization
 from harness.measure.peaks import peak_flops_per_s
-from harness.training import count_flops, loss_of
+from harness.models import loss_of
+from harness.training import count_flops
 from harness.trials import TrialSpec
 from revnet_core import AdditiveCoupling, Budgeted, ReversibleSequence
 
