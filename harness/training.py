@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from harness.data import CHANNELS, load_data
-from harness.engine import AUTOCAST, TrainingEngine, gather, join_ranks, leave_ranks, pick_device, set_compute
+from harness.engine import TrainingEngine, gather, join_ranks, leave_ranks, pick_device, set_compute
 from harness.measure.drift import measure_drift
 from harness.measure.flops import measure_flops, utilization
 from harness.measure.machine import device_name
@@ -21,6 +21,7 @@ from harness.measure.timing import summarize, time_step
 from harness.models import create, loss_of
 from harness.record import TraceRow
 from harness.trials import TrialSpec
+from revnet_core.precision import AUTOCAST_DTYPES
 
 Batch = tuple[Tensor, Tensor]
 
@@ -148,18 +149,10 @@ def count_flops(spec: TrialSpec) -> tuple[dict[str, int], dict[str, str]]:
 
     def build(activations: str) -> nn.Module:
         budget_bytes = spec.budget_bytes if activations == "budgeted" else None
-        # There is no autocast on `meta`; what is counted does not depend on it.
-        update = {"activations": activations, "budget_bytes": budget_bytes, "compute": "fp32"}
-        return create(spec.model_copy(update=update))
+        return create(spec.model_copy(update={"activations": activations, "budget_bytes": budget_bytes}))
 
     image_shape = spec.batch_size, CHANNELS, spec.data.image_size, spec.data.image_size
-    counted, unmeasured = measure_flops(build, spec.activations, loss_of, image_shape)
-    if spec.activations == "budgeted" and spec.compute in AUTOCAST and counted:
-        del counted["flops_recompute"]
-        unmeasured["flops_recompute"] = (
-            f"which blocks the budget stores depends on their bytes in {spec.compute}, which meta tensors do not show"
-        )
-    return counted, unmeasured
+    return measure_flops(build, spec.activations, loss_of, image_shape, autocast=AUTOCAST_DTYPES[spec.compute])
 
 
 def limit_memory(device: torch.device, memory_bytes: int | None) -> None:

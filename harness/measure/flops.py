@@ -1,10 +1,11 @@
-"""Floating-point operations of one step, counted on `meta` tensors, and the share of the device's peak they make.
+"""Floating-point operations of one step, counted on tensors without contents, and the share of the device's peak.
 
 Counted are matrix products, convolutions and attention, by the formulas of `torch.utils.flop_counter`; a multiplication
 and the addition of its product are two operations. Additions of streams, normalization and activation functions are
 not counted.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
@@ -20,7 +22,7 @@ from harness.measure.peaks import peak_flops_per_s
 NAMES = ("flops_forward", "flops_backward", "flops_recompute")
 # Where an operator without a formula has no product in it, but for those of such a name.
 _TORCH_S_OWN = frozenset({"aten", "prim", "prims", "profiler", "c10d", "_c10d_functional", "c10d_functional"})
-_PRODUCT = re.compile(r"mm(_|$)|attention|conv(?!ert)")
+_PRODUCT = re.compile(r"mm(_|$)|attention|conv(?!ert)|rnn|lstm|gru")
 Loss = Callable[[Tensor, Tensor], Tensor]
 # From a choice of activations to a model.
 Build = Callable[[str], nn.Module]
@@ -35,8 +37,16 @@ def _convolution_backward(*args: Any, out_val: Any) -> int:
     return forward * sum(output_mask[:2])
 
 
-# In place of torch's. Looked up there at each call, since a user's module may register one.
-_FORMULAS: dict[Any, Callable[..., int]] = {torch.ops.aten.convolution_backward: _convolution_backward}
+_ATEN = torch.ops.aten
+# Before torch's own, which are looked up at each call, since a user's module may register one there.
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    _ATEN.convolution_backward: _convolution_backward,
+    # As on a GPU, where torch has a formula.
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATEN._scaled_dot_product_flash_attention],
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _ATEN._scaled_dot_product_flash_attention_backward
+    ],
+}
 
 
 class UncountedError(RuntimeError):
@@ -97,51 +107,74 @@ class FlopCount(TorchDispatchMode):
         return out
 
 
-def count_step(model: nn.Module, loss: Loss, batch: tuple[Tensor, Tensor], *, forwards: int = 1) -> StepFlops:
+def count_step(
+    model: nn.Module,
+    loss: Loss,
+    batch: tuple[Tensor, Tensor],
+    *,
+    autocast: torch.dtype | None = None,
+    forwards: int = 1,
+) -> StepFlops:
     """Operations of a step of `model`, on whatever device it is; of the last of so many steps.
 
-    forwards: how many it takes until the model does what it goes on doing; a budget is learnt in the first.
+    autocast  around the forward of the model, as the engine's
+    forwards  how many it takes until the model does what it goes on doing; a budget is learnt in the first
+
     Raises UncountedError, and what the model raises.
     """
     x, labels = batch
+
+    def forward() -> Tensor:
+        with contextlib.nullcontext() if autocast is None else torch.autocast(x.device.type, dtype=autocast):
+            out = model(x)
+        return loss(out, labels)
+
     for _ in range(forwards - 1):
-        loss(model(x), labels).backward()
+        forward().backward()
     with FlopCount() as count:
-        out = loss(model(x), labels)
+        out = forward()
         count.end_forward()
         out.backward()
     return count.result()
 
 
 def measure_flops(
-    build: Build, activations: str, loss: Loss, image_shape: tuple[int, int, int, int]
+    build: Build,
+    activations: str,
+    loss: Loss,
+    image_shape: tuple[int, int, int, int],
+    *,
+    autocast: torch.dtype | None = None,
 ) -> tuple[dict[str, int], dict[str, str]]:
-    """Metrics of one rank's step, and why they are missing: a user's model may not run on `meta`.
+    """Metrics of one rank's step, and why they are missing: a user's model may not run without contents.
 
-    build        called under the device context `meta`, also with "stored"
+    build        called with fake tensors in place of real ones, also with "stored"
     image_shape  of the batch: samples, channels, height, width
 
         flops_forward    of the forward
         flops_backward   of the gradients: the backward with stored activations
         flops_recompute  what a step computes beyond a step with stored activations
 
-    Nothing is allocated on a device, and torch's random state is left as it was.
+    Nothing is allocated for a tensor, and torch's random state is left as it was.
     """
 
     def count(choice: str) -> StepFlops:
         batch = torch.zeros(image_shape), torch.zeros(image_shape[0], dtype=torch.long)
-        return count_step(build(choice).to("meta"), loss, batch, forwards=2 if choice == "budgeted" else 1)
+        forwards = 2 if choice == "budgeted" else 1
+        return count_step(build(choice), loss, batch, autocast=autocast, forwards=forwards)
 
+    # A compiled model would run in kernels that no formula knows.
+    as_eager = torch.compiler.set_stance("force_eager")
     try:
-        # A compiled model would run in kernels that no formula knows.
-        with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.compiler.set_stance("force_eager"):
+        with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True), as_eager:
             stored = count("stored")
             own = stored if activations == "stored" else count(activations)
     except UncountedError as error:
         return {}, dict.fromkeys(NAMES, str(error))
-    except Exception as error:  # noqa: BLE001 - on `meta` a model may fail in any way; the trial is not touched by it
+    except Exception as error:  # noqa: BLE001 - without contents a model may fail in any way; its trial may not
         first_line = (str(error).strip().splitlines() or [""])[0]
-        return {}, dict.fromkeys(NAMES, f"the model does not run on meta tensors: {type(error).__name__}: {first_line}")
+        reason = f"the model does not run on tensors without contents: {type(error).__name__}: {first_line}"
+        return {}, dict.fromkeys(NAMES, reason)
     recompute = own.forward + own.backward - stored.forward - stored.backward
     return dict(zip(NAMES, (own.forward, stored.backward, recompute), strict=True)), {}
 

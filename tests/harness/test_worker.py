@@ -112,14 +112,12 @@ def test_two_ranks_end_in_one_record(spec: TrialSpec, tmp_path: Path, zero_stage
     assert "activation_peak_rank_spread_bytes" in record.metrics
 
 
-def test_a_model_that_does_not_run_on_meta_tensors_has_no_count_and_trains_all_the_same(
-    spec: TrialSpec, tmp_path: Path
-) -> None:
+def test_a_model_that_needs_contents_has_no_count_and_trains_all_the_same(spec: TrialSpec, tmp_path: Path) -> None:
     reads = spec.model_copy(update={"model": "faulty_models:reads", "depth": None, "activations": "stored"})
     record = run_worker(reads, tmp_path)
     assert record.status == "ok", record.reason
     assert "flops_forward" not in record.metrics
-    assert record.unmeasured["flops_forward"].startswith("the model does not run on meta tensors")
+    assert record.unmeasured["flops_forward"].startswith("the model does not run on tensors without contents")
 
 
 @pytest.mark.parametrize(("of_user", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])

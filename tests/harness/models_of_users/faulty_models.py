@@ -47,7 +47,7 @@ def hungry(*, num_classes: int, **options: Any) -> nn.Module:
 
 
 def reads(*, num_classes: int, **options: Any) -> nn.Module:
-    """Decides by a value, which a tensor on `meta` does not have."""
+    """Decides by a value, which a tensor without contents does not have."""
     model = Linear(num_classes, lambda: model.linear.bias.sum().item() > 0)
     return model
 
