@@ -269,15 +269,18 @@ def _halves(axis: Sequence[int]) -> list[Sequence[int]]:
 
 
 def _figures(step: StepMemory) -> Figures:
-    form = tuple((peak.phase, peak.place) for peak in step.peaks)
+    form: list[tuple[Phase, str]] = [(peak.phase, peak.place) for peak in step.peaks]
     levels = (peak.level_bytes for peak in step.peaks)
-    return Figures(form, (step.saved_bytes, step.batch_bytes, _or(step.blocks, -1), *step.model, *levels))
+    return Figures(tuple(form), (step.saved_bytes, step.batch_bytes, _or(step.blocks, -1), *step.model, *levels))
 
 
 def _step(figures: Figures, operations: Sequence[str]) -> StepMemory:
     saved_bytes, batch_bytes, blocks, *rest = figures.numbers
     size = len(ModelSize._fields)
-    peaks = [PlacePeak(*form, *peak) for form, *peak in zip(figures.form, rest[size:], operations, strict=True)]
+    peaks = [
+        PlacePeak(phase, place, level_bytes, operation)
+        for (phase, place), level_bytes, operation in zip(figures.form, rest[size:], operations, strict=True)
+    ]
     return StepMemory(saved_bytes, tuple(peaks), ModelSize(*rest[:size]), batch_bytes, None if blocks < 0 else blocks)
 
 

@@ -5,7 +5,7 @@ CPU's kernels take for themselves is modelled (harness/measure/kernels.py); what
 """
 
 import contextlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Literal, NamedTuple
 
 import torch
@@ -80,6 +80,9 @@ class Prediction:
     def metrics(self) -> dict[str, int]:
         """As they stand in a record, beside the measured ones."""
         return {f"predicted_{name}": value for name, value in asdict(self).items() if name.endswith("_bytes")}
+
+
+PREDICTED_METRICS = tuple(f"predicted_{field.name}" for field in fields(Prediction) if field.name.endswith("_bytes"))
 
 
 def device_of(spec: TrialSpec) -> Device:

@@ -113,7 +113,7 @@ class TrialSpec(_Inert):
     workers: int = Field(default=1, ge=1)
     warmup_steps: int = Field(default=2, ge=0)
     measured_steps: int = Field(default=5, ge=1)
-    audit_batch_size: int = Field(default=16, ge=1, description="samples of the drift and gradient audit")
+    audit_batch_size: int = Field(default=16, ge=0, description="samples of the drift and gradient audit; 0: none")
     learning_rate: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     seed: int = Field(default=0, ge=0, lt=2**63)
     resources: TrialResources = TrialResources()
