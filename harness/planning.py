@@ -39,7 +39,8 @@ def select_trials(
 
 def print_plan(trials: Sequence[TrialSpec], done: Collection[str]) -> None:
     """A table of the trials with the fields that differ between them; those that do not are listed once."""
-    rows = [trial.model_dump(mode="json") for trial in trials]
+    specs = [trial.model_dump(mode="json") for trial in trials]
+    rows = [spec | {f"data.{name}": value for name, value in spec["data"].items()} for spec in specs]
     varying = [name for name in AXES if len({str(row[name]) for row in rows}) > 1]
     # As wide as its content where nobody sees it: a file or a pipe has no width.
     console = Console(width=None if Console().is_terminal else 200)
