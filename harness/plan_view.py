@@ -14,8 +14,11 @@ from harness.trials import AXES, TrialSpec
 
 MIB = 2**20
 Predictions = Mapping[str, Prediction | Unpredicted]
-# What makes a strategy: what becomes of the activations, and under which precision and engine.
-STRATEGY = ("model", "activations", "budget_bytes", "compute", "reconstruction", "zero_stage", "workers")
+# What makes a strategy: the family, its input, what becomes of the activations, under which precision and engine.
+STRATEGY = (
+    *("model", "channels", "data.name", "data.image_size"),
+    *("activations", "budget_bytes", "compute", "reconstruction", "zero_stage", "workers"),
+)
 # Above this share of the memory a trial may still run out of it: allocators leave gaps.
 TIGHT = 0.95
 
@@ -51,8 +54,7 @@ def print_plan(
     """
     # As wide as its content where nobody sees it: a file or a pipe has no width.
     console = Console(width=None if Console().is_terminal else 200)
-    rows = [trial.model_dump(mode="json") for trial in trials]
-    varying = [name for name in AXES if len({str(_field(row, name)) for row in rows}) > 1]
+    varying = [name for name in AXES if len({trial.value(name) for trial in trials}) > 1]
     fits = {trial.id: _fit(trial, predictions[trial.id], memory_bytes) for trial in trials}
     with_fits = any(fits.values())
     measures = ["saved MiB", "peak MiB", "total MiB"]
@@ -61,14 +63,14 @@ def print_plan(
         table.add_column(name, justify="right")
     for name in ["fits"] * with_fits + ["state"]:
         table.add_column(name)
-    for trial, row in zip(trials, rows, strict=True):
+    for trial in trials:
         fit = fits[trial.id]
         verdict = [("" if fit is None else f"{fit.word}: {fit.why}" if fit.why else fit.word)] if with_fits else []
         state = "done" if trial.id in done else "to run"
-        own = (str(_field(row, name)) for name in varying)
+        own = (str(trial.value(name)) for name in varying)
         table.add_row(trial.id, *own, *_sizes(predictions[trial.id]), *verdict, state)
     console.print(table)
-    constant = {name: _field(rows[0], name) for name in AXES if name not in varying}
+    constant = {name: trials[0].value(name) for name in AXES if name not in varying}
     same = ", ".join(f"{name} {value}" for name, value in constant.items() if value is not None)
     console.print(f"all: {same}", highlight=False)
     console.print()
@@ -86,7 +88,7 @@ def _summary(
 ) -> Table:
     strategies: dict[tuple[str, ...], list[TrialSpec]] = defaultdict(list)
     for trial in trials:
-        strategies[tuple(str(getattr(trial, name)) for name in STRATEGY if name in varying)].append(trial)
+        strategies[tuple(str(trial.value(name)) for name in STRATEGY if name in varying)].append(trial)
     with_fits = any(fits.values())
     table = Table(*(name for name in STRATEGY if name in varying), box=None, pad_edge=False)
     for name in ["trials", "peak MiB/block", "highest peak MiB", "highest total MiB", *["not fitting"] * with_fits]:
@@ -137,11 +139,3 @@ def _reasons(predictions: Predictions) -> dict[str, int]:
         if isinstance(prediction, Unpredicted):
             counts[prediction.reason] += 1
     return counts
-
-
-def _field(row: Mapping[str, object], name: str) -> object:
-    """Of a trial as plain data; a dotted name is one of a section's."""
-    value: object = row
-    for part in name.split("."):
-        value = value[part] if isinstance(value, Mapping) else None
-    return value
