@@ -1,4 +1,4 @@
-"""What can go wrong through no fault of the trial: bad input, and what the user can do about it."""
+"""What can go wrong: bad input, and figures that would be wrong; and what the user can do about it."""
 
 
 class HarnessError(Exception):
@@ -27,3 +27,7 @@ class RecordError(StoreError):
 
 class ResourceError(HarnessError):
     """A trial asks for more than the machine or the cluster has."""
+
+
+class MeasurementError(Exception):
+    """A figure that would be wrong. The trial ends as failed, rather than with that figure; no fault of the input."""

@@ -7,13 +7,12 @@ the allocator's own events, which the profiler records and which see the scratch
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
 
-FORWARD_END = "revnet_forward_end"
+from harness.measure.events import ProfilerRecorder
+
 TIMELINE_POINTS = 400
 
 
@@ -54,29 +53,17 @@ def _measure_cuda(device: torch.device, forward: Callable[[], Tensor], backward:
 
 
 def _measure_cpu(forward: Callable[[], Tensor], backward: Callable[[Tensor], None]) -> MemoryUse:
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    recorder = ProfilerRecorder()
+    with recorder:
         loss = forward()
-        with torch.profiler.record_function(FORWARD_END):
-            pass
+        recorder.end_forward()
         backward(loss)
-    assert profile.profiler is not None
-    assert profile.profiler.kineto_results is not None
-    events: list[Any] = profile.profiler.kineto_results.events()
-    forward_end_ns = next(event.start_ns() for event in events if event.name() == FORWARD_END)
-    # Frees of what was allocated before the profiler are no events, so the sum starts at the level of the start.
-    changes = sorted(
-        ((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"), key=lambda change: change[0]
-    )
-    if not changes:
-        raise RuntimeError("the profiler recorded no allocation; memory cannot be measured with this build of torch")
-    levels = list(accumulate(nbytes for _, nbytes in changes))
-    saved = max((i for i, (ns, _) in enumerate(changes) if ns <= forward_end_ns), default=None)
-    seconds = [(ns - changes[0][0]) / 1e9 for ns, _ in changes]
+    history = recorder.history()
+    seconds = [(event.time_ns - history.start_ns) / 1e9 for event in history.events]
     return MemoryUse(
-        activation_saved_bytes=0 if saved is None else levels[saved],
-        activation_peak_bytes=max(0, *levels),
-        timeline=_thin(list(zip(seconds, levels, strict=True))),
+        activation_saved_bytes=history.saved_bytes,
+        activation_peak_bytes=history.peak_bytes,
+        timeline=_thin(list(zip(seconds, history.levels, strict=True))),
     )
 
 
