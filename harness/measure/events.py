@@ -46,8 +46,12 @@ class AllocatorHistory(NamedTuple):
 
     @property
     def levels(self) -> list[int]:
-        """Bytes above the level at the start, after each event."""
-        return list(accumulate(event.nbytes for event in self.events))
+        """Bytes above the level at the start: first at the start, then after each event."""
+        return list(accumulate((event.nbytes for event in self.events), initial=0))
+
+    def seconds(self, position: int) -> float:
+        """From the start to the moment that the level of this position began."""
+        return (self.events[position - 1].time_ns - self.start_ns) / 1e9 if position else 0.0
 
     @property
     def saved_bytes(self) -> int:
@@ -56,7 +60,7 @@ class AllocatorHistory(NamedTuple):
 
     @property
     def peak_bytes(self) -> int:
-        return max(0, *self.levels)
+        return max(self.levels)
 
 
 class Recorder(Protocol):

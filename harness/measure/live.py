@@ -37,6 +37,10 @@ class Storage:
     saved       alive between forward and backward
     address     of its first byte; 0 on `meta`
     born_ns     `time.time_ns()` when the operation had returned
+    device      type of the device that it lies on
+    in_engine   whether autograd's engine was running
+    caller      module whose code called the operation, the innermost outside torch and within the engine's run; "" if
+                there is none
     """
 
     nbytes: int
@@ -47,6 +51,9 @@ class Storage:
     address: int
     born_ns: int
     saved: bool = False
+    device: str = ""
+    in_engine: bool = False
+    caller: str = ""
 
 
 class Peak(NamedTuple):
@@ -65,6 +72,7 @@ class LiveStorages(TorchDispatchMode):
     existing     what is not to be counted: parameters, gradients, buffers, the batch
     model        whose modules' names owners are told by
     kernel_peak  model of what a kernel needs meanwhile: operation, arguments, output -> bytes
+    note_operation  told before each operation its number and name, and "" after it
 
     storages     in order of birth
     changes      (index of a storage, its bytes, negative when it died), in order
@@ -72,7 +80,12 @@ class LiveStorages(TorchDispatchMode):
     """
 
     def __init__(
-        self, existing: Iterable[Tensor], *, model: nn.Module | None = None, kernel_peak: KernelPeak | None = None
+        self,
+        existing: Iterable[Tensor],
+        *,
+        model: nn.Module | None = None,
+        kernel_peak: KernelPeak | None = None,
+        note_operation: Callable[[str], None] = lambda operation: None,
     ) -> None:
         super().__init__()
         self.storages: list[Storage] = []
@@ -82,6 +95,8 @@ class LiveStorages(TorchDispatchMode):
         self.peak = Peak(0, 0, "", 0)
         self._phase: Phase = "forward"
         self._kernel_peak = kernel_peak
+        self._note_operation = note_operation
+        self._operations = 0
         # By the address of the storage object, which is its own as long as it lives.
         self._known: dict[int, weakref.ref[Any] | None] = {}
         self._alive: set[int] = set()
@@ -113,7 +128,10 @@ class LiveStorages(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         before_bytes = self.level_bytes
+        self._operations += 1
+        self._note_operation(f"{self._operations} {func}")
         out = func(*args, **(kwargs or {}))
+        self._note_operation("")
         by_engine = _called_by_engine(sys._getframe(1))
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor):
@@ -151,7 +169,10 @@ class LiveStorages(TorchDispatchMode):
         self.changes.append((index, nbytes))
         owner = self._running[-1] if self._running else ""
         address = 0 if tensor.device.type == "meta" else storage.data_ptr()
-        self.storages.append(Storage(nbytes, self._phase, str(func), owner, by_engine, address, time.time_ns()))
+        born = Storage(nbytes, self._phase, str(func), owner, by_engine, address, time.time_ns())
+        born.device = tensor.device.type
+        born.in_engine, born.caller = _called_from(sys._getframe(2))
+        self.storages.append(born)
 
     def _call(self, module: nn.Module, call: Callable[[], Any]) -> Any:
         self._running.append(self._names.get(module) or type(module).__name__)
@@ -165,6 +186,19 @@ def _called_by_engine(frame: FrameType | None) -> bool:
     while frame is not None and frame.f_globals.get("__name__") in _WRAPPERS:
         frame = frame.f_back
     return frame is not None and frame.f_code.co_name == _ENGINE
+
+
+def _called_from(frame: FrameType | None) -> tuple[bool, str]:
+    """Whether the engine is running, and the module of the innermost frame outside torch, up to the engine's run."""
+    caller = ""
+    while frame is not None:
+        if frame.f_code.co_name == _ENGINE:
+            return True, caller
+        module = frame.f_globals.get("__name__", "")
+        if not caller and module != __name__ and module.partition(".")[0] != "torch":
+            caller = module
+        frame = frame.f_back
+    return False, caller
 
 
 @contextlib.contextmanager

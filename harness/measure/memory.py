@@ -15,8 +15,7 @@ from torch import Tensor
 from harness.errors import MeasurementError
 from harness.measure.counters import Counters, CudaCounters, resident_peak_bytes
 from harness.measure.events import ProfilerRecorder
-
-TIMELINE_POINTS = 400
+from harness.measure.timeline import thin
 
 
 @dataclass(frozen=True)
@@ -98,24 +97,13 @@ def _measure_cpu(forward: Callable[[], Tensor], backward: Callable[[Tensor], Non
         backward(loss)
         measured_s = time.perf_counter() - start_s
     history = recorder.history()
-    seconds = [(event.time_ns - history.start_ns) / 1e9 for event in history.events]
+    levels = history.levels
     return MemoryUse(
         activation_saved_bytes=history.saved_bytes,
         activation_peak_bytes=history.peak_bytes,
-        timeline=_thin(list(zip(seconds, history.levels, strict=True))),
+        timeline=[(history.seconds(index), levels[index]) for index in thin(levels)],
         allocated_peak_bytes=None,
         reserved_peak_bytes=None,
         device_used_bytes=resident_peak_bytes(),
         measured_s=measured_s,
     )
-
-
-def _thin(points: list[tuple[float, int]]) -> list[tuple[float, int]]:
-    """At most 2 * TIMELINE_POINTS points: the lowest and the highest of each stretch, in order."""
-    stretch = max(1, -(-len(points) // TIMELINE_POINTS))
-    thinned: list[tuple[float, int]] = []
-    for start in range(0, len(points), stretch):
-        part = points[start : start + stretch]
-        low, high = min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])
-        thinned += sorted({low, high})
-    return thinned

@@ -43,7 +43,7 @@ def marks(start_ns: int = 0, forward_end_ns: int = 100, end_ns: int = 200) -> li
 def test_a_release_of_what_nobody_allocated_in_the_step_is_no_event() -> None:
     history = history_from_tree([*marks(), allocation(10, 1, -7), allocation(20, 2, 5), allocation(30, 2, -5)])
     assert [(e.address, e.nbytes) for e in history.events] == [(2, 5), (2, -5)]
-    assert history.levels == [5, 0]
+    assert history.levels == [0, 5, 0]
 
 
 def test_an_address_handed_out_again_was_freed_before() -> None:
