@@ -98,11 +98,10 @@ class LiveStorages(TorchDispatchMode):
         self._note_operation = note_operation
         self._operations = 0
         # By the address of the storage object, which is its own as long as it lives.
-        self._known: dict[int, weakref.ref[Any] | None] = {}
+        self._known: dict[int, weakref.ref[Any]] = {}
         self._alive: set[int] = set()
-        self._existing = list(existing)
-        for tensor in self._existing:
-            self._known[tensor.untyped_storage()._cdata] = None
+        for tensor in existing:
+            self._note_existing(tensor.untyped_storage())
         self._names = {} if model is None else {module: name for name, module in model.named_modules()}
         self._running: list[str] = []
         self._undo = contextlib.ExitStack()
@@ -153,7 +152,7 @@ class LiveStorages(TorchDispatchMode):
         if key in self._known:
             return
         if any(isinstance(t, Tensor) and t.untyped_storage()._cdata == key for t in tree_leaves(args)):
-            self._known[key] = None  # a view of what was there before
+            self._note_existing(storage)  # a view of what was there before
             return
         index, nbytes = len(self.storages), storage.nbytes()
 
@@ -173,6 +172,10 @@ class LiveStorages(TorchDispatchMode):
         born.device = tensor.device.type
         born.in_engine, born.caller = _called_from(sys._getframe(2))
         self.storages.append(born)
+
+    def _note_existing(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        self._known.setdefault(key, weakref.ref(storage, lambda _: self._known.pop(key)))
 
     def _call(self, module: nn.Module, call: Callable[[], Any]) -> Any:
         self._running.append(self._names.get(module) or type(module).__name__)

@@ -63,6 +63,18 @@ def test_a_view_of_what_nobody_named_is_no_allocation() -> None:
     assert live.level_bytes == 0
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_what_is_born_where_something_died_is_seen(named: bool) -> None:
+    """Storage objects are told apart by their address, which is used again."""
+    existing = [torch.zeros(4) for _ in range(50)]
+    with LiveStorages(existing if named else []) as live:
+        for tensor in existing:
+            tensor.view(2, 2)
+            tensor.data = torch.empty(0)
+        kept = [torch.zeros(4) for _ in range(50)]
+    assert live.level_bytes == sum(tensor.nbytes for tensor in kept)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_gradients_that_meet_are_added_in_place_as_without_a_tracker(device: str) -> None:
     def forward(x: Tensor) -> Tensor:
