@@ -20,6 +20,7 @@ from harness.measure.live import Storage
 # What a rank holds between steps, and all that a byte of a step can be; defined in docs/measures.md.
 HELD = ("parameter", "gradient", "optimizer", "buffer", "batch")
 CATEGORIES = (*HELD, "saved", "reconstruction", "temporary", "unattributed")
+_COLLECTIVES = ("c10d::", "c10d.", "gloo:", "nccl:")
 
 
 @dataclass(slots=True)
@@ -170,7 +171,9 @@ def _alive_at(blocks: Sequence[Block], time_ns: int, times_ns: Sequence[int]) ->
 
 
 def _is_scratch(block: Block, history: AllocatorHistory) -> bool:
-    """Allocated and freed within one call of an operation."""
+    """Allocated and freed within one call of an operation, or by a collective, which ends when it is waited for."""
+    if block.operation.startswith(_COLLECTIVES):
+        return True
     call = history.events[block.start].call
     return bool(call) and block.end is not None and history.events[block.end].call == call
 

@@ -147,6 +147,11 @@ class HistoryRecorder:
         )
 
 
+def record_events(device: torch.device, *, stacks: bool = False) -> Recorder:
+    """stacks: whether a snapshot on CUDA is to hold the Python stack of each allocation."""
+    return HistoryRecorder(device, stacks=stacks) if device.type == "cuda" else ProfilerRecorder()
+
+
 def history_from_tree(roots: Iterable[Any]) -> AllocatorHistory:
     """The events in a tree of the profiler's (`experimental_event_tree`).
 
@@ -236,7 +241,8 @@ def _walk(nodes: Iterable[Any], operation: str, call: int) -> Iterator[tuple[Any
 def _is_operation(node: Any) -> bool:
     # A region that the user named, an autograd.Function and the engine's evaluation of a node span several operations.
     is_function = node.tag == _EventType.TorchOp and node.extra_fields.scope == RecordScope.FUNCTION
-    return is_function and "::" in node.name and not node.name.startswith("autograd::")
+    is_collective = node.name.startswith(("gloo:", "nccl:"))
+    return is_collective or (is_function and "::" in node.name and not node.name.startswith("autograd::"))
 
 
 def _mark(name: str) -> None:

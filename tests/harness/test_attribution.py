@@ -226,6 +226,12 @@ def test_scratch_lives_within_one_call_of_an_operation(calls: tuple[int, int], c
     assert categories(history((10, 7, 100, calls[0]), (20, 7, -100, calls[1])), []) == [category]
 
 
+@pytest.mark.parametrize("operation", ["c10d::_reduce_scatter_base_", "gloo:all_gather"])
+def test_a_collective_s_own_buffer_may_outlive_its_call(operation: str) -> None:
+    events = AllocatorHistory([AllocatorEvent(10, 7, 100, operation, 3)], 0, 0, 1000)
+    assert categories(events, []) == ["temporary"]
+
+
 def test_scratch_that_outlives_its_operation_is_unattributed() -> None:
     assert categories(history((10, 7, 100, 3)), []) == ["unattributed"]
 

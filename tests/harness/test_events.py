@@ -68,6 +68,14 @@ def test_the_operation_is_the_outermost_one() -> None:
     assert [(e.operation, e.call) for e in events] == [("aten::conv2d", 3)] * 2
 
 
+def test_a_collective_is_an_operation() -> None:
+    inner = operation("aten::empty", 8, allocation(10, 1, 8))
+    (event,) = history_from_tree(
+        [*marks(), operation("gloo:all_gather", 9, inner, scope=RecordScope.USER_SCOPE)]
+    ).events
+    assert (event.operation, event.call) == ("gloo:all_gather", 9)
+
+
 @pytest.mark.parametrize(
     ("name", "scope"),
     [
