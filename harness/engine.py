@@ -11,6 +11,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from harness.measure.live import Storage
 from harness.ranks import INIT_METHOD, LOOPBACK
 from revnet_core import UnsupportedError
 
@@ -129,13 +130,15 @@ class TrainingEngine:
         }
 
     @staticmethod
-    def category_of(caller: str, *, in_backward: bool) -> str | None:
-        """What a tensor is that code of the module `caller` makes during a step: a
-        "parameter" gathered under ZeRO-3, or a "gradient" flattened or in a bucket; None when it is neither."""
-        if caller == _GATHERS_PARAMETERS:
+    def category_of(storage: Storage) -> str | None:
+        """What a storage of a step is if DeepSpeed made it for itself: a "parameter" gathered under ZeRO-3, or a
+        "gradient" flattened or in a bucket. None for all others."""
+        if storage.caller == _GATHERS_PARAMETERS:
             return "parameter"
-        ours = caller.partition(".")[0] == "deepspeed" and caller != _LAYERS
-        return "gradient" if ours and in_backward else None
+        ours = storage.caller.partition(".")[0] == "deepspeed" and storage.caller != _LAYERS
+        # A scaled loss is no gradient.
+        is_scalar = storage.nbytes <= torch.float64.itemsize
+        return "gradient" if ours and storage.phase == "backward" and not is_scalar else None
 
     def close(self) -> None:
         self._engine.destroy()

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from harness.data import CHANNELS, load_data, num_classes
 from harness.engine import TrainingEngine, gather, join_ranks, leave_ranks, pick_device, set_compute
+from harness.exports import asked_exports
+from harness.footprint import Step, attribute_footprint, measure_footprint
 from harness.measure.drift import measure_drift
-from harness.measure.memory import measure_memory
 from harness.measure.timing import summarize, time_step
 from harness.models import build_model
 from harness.record import TraceRow
@@ -35,6 +36,7 @@ class Result:
     metrics: dict[str, int | float | None] = field(default_factory=dict)
     unmeasured: dict[str, str] = field(default_factory=dict)
     trace: list[TraceRow] = field(default_factory=list)
+    exports: dict[str, bytes] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
@@ -69,9 +71,7 @@ def _train_under_engine(spec: TrialSpec, device: torch.device, result: Result) -
     for name in ("blocks", "reversible_blocks"):
         result.metrics[name] = getattr(model, name, None)
         result.unmeasured[name] = "the model does not say"
-    parameters = list(model.parameters())
-    result.metrics["parameter_count"] = sum(p.numel() for p in parameters)
-    result.metrics["parameter_bytes"] = sum(p.numel() * p.element_size() for p in parameters)
+    result.metrics["parameter_count"] = sum(p.numel() for p in model.parameters())
     engine = TrainingEngine(
         model,
         batch_size=spec.batch_size,
@@ -117,16 +117,17 @@ def _record_steps(spec: TrialSpec, step_s: Sequence[float], losses: Sequence[flo
 
 def _record_memory(engine: TrainingEngine, device: torch.device, batch: Batch, result: Result) -> None:
     x, labels = (tensor.to(device) for tensor in batch)
-    engine.allocate_gradients()
-    gc.collect()
-    use = measure_memory(device, lambda: loss_of(engine.forward(x), labels), engine.backward)
-    engine.step()
-    for name in ("activation_saved_bytes", "activation_peak_bytes"):
-        ranks = gather(getattr(use, name))
-        result.metrics[name] = max(ranks)
-        result.metrics[f"{name.removesuffix('_bytes')}_rank_spread_bytes"] = max(ranks) - min(ranks)
-    for index, (seconds, level) in enumerate(use.timeline):
-        result.trace += [TraceRow("memory", index, "time_s", seconds), TraceRow("memory", index, "live_bytes", level)]
+    step = Step(engine, device, (x, labels), lambda: loss_of(engine.forward(x), labels))
+    step_median_s = result.metrics["step_median_s"]
+    assert step_median_s
+    footprint, plain = measure_footprint(step, step_median_s)
+    result.metrics |= footprint.metrics
+    result.unmeasured |= footprint.unmeasured
+    attributed = attribute_footprint(step, plain, asked_exports())
+    result.metrics |= attributed.metrics
+    result.unmeasured |= attributed.unmeasured
+    result.trace += attributed.trace or footprint.trace
+    result.exports |= attributed.exports
 
 
 def create(spec: TrialSpec) -> nn.Module:
