@@ -29,5 +29,9 @@ class ResourceError(HarnessError):
     """A trial asks for more than the machine or the cluster has."""
 
 
+class PredictionError(HarnessError):
+    """The memory of a trial cannot be told without running it."""
+
+
 class MeasurementError(Exception):
     """A figure that would be wrong. The trial ends as failed, rather than with that figure; no fault of the input."""

@@ -1,12 +1,15 @@
-"""From the name in a study to a model: a family of revnet_core, or a user's own `package.module:factory`."""
+"""From a trial to its model: a family of revnet_core, or a user's own `package.module:factory`."""
 
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from harness.data import CHANNELS, num_classes
 from harness.errors import ModelError
+from harness.trials import TrialSpec
 from revnet_core import (
     Budgeted,
     DepthError,
@@ -62,6 +65,28 @@ def build_model(
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name} returned a {type(model).__name__}; a factory returns a torch.nn.Module.")
     return model
+
+
+def create(spec: TrialSpec) -> nn.Module:
+    """The trial's model on the host: the same weights for the same seed, whatever becomes of the activations."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        model = build_model(
+            spec.model,
+            depth=spec.depth,
+            channels=spec.channels,
+            num_classes=num_classes(spec.data.name),
+            in_channels=CHANNELS,
+            activations=spec.activations if spec.budget_bytes is None else Budgeted(spec.budget_bytes),
+            precision=Precision(spec.compute, spec.reconstruction),
+        )
+    return model.train()
+
+
+def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy in at least fp32, whatever the network computed in."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return nn.functional.cross_entropy(wide, labels)
 
 
 def _import_factory(name: str) -> Callable[..., Any]:

@@ -11,16 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from harness.data import CHANNELS, load_data, num_classes
+from harness.data import CHANNELS, load_data
 from harness.engine import TrainingEngine, gather, join_ranks, leave_ranks, pick_device, set_compute
 from harness.exports import asked_exports
 from harness.footprint import Step, attribute_footprint, measure_footprint
 from harness.measure.drift import measure_drift
+from harness.measure.flops import measure_flops, utilization
+from harness.measure.machine import device_name
 from harness.measure.timing import summarize, time_step
-from harness.models import build_model
+from harness.models import create, loss_of
 from harness.record import TraceRow
 from harness.trials import TrialSpec
-from revnet_core import Budgeted, Precision
+from revnet_core.precision import AUTOCAST_DTYPES
 
 Batch = tuple[Tensor, Tensor]
 
@@ -50,6 +52,10 @@ def train(spec: TrialSpec, scratch: Path, result: Result) -> None:
     if device.type == "cpu":
         torch.set_num_threads(spec.resources.cpus_per_worker)
     set_compute(spec.compute)
+    # Before the limit, and long before what is measured: what the counting leaves behind is a part of neither.
+    counted, uncounted = count_flops(spec)
+    result.metrics |= counted
+    result.unmeasured |= uncounted
     limit_memory(device, spec.resources.memory_bytes)
     join_ranks(device, scratch)
     try:
@@ -97,18 +103,27 @@ def _train_under_engine(spec: TrialSpec, device: torch.device, result: Result) -
             if index >= spec.warmup_steps:
                 step_s.append(seconds)
         measured_losses = [loss.item() for loss in losses[spec.warmup_steps :]]
-        _record_steps(spec, step_s, measured_losses, result)
+        _record_steps(spec, step_s, measured_losses, getattr(model, "tokens_per_sample", None), result)
         _record_memory(engine, device, batches[-1], result)
     finally:
         engine.close()
 
 
-def _record_steps(spec: TrialSpec, step_s: Sequence[float], losses: Sequence[float], result: Result) -> None:
+def _record_steps(
+    spec: TrialSpec, step_s: Sequence[float], losses: Sequence[float], tokens_per_sample: object, result: Result
+) -> None:
     for index, (seconds, loss) in enumerate(zip(step_s, losses, strict=True)):
         result.trace += [TraceRow("step", index, "step_s", seconds), TraceRow("step", index, "loss", loss)]
-    # Ranks wait for each other in every step, so the slowest rank's time is the step's.
-    slowest_s = [max(ranks) for ranks in zip(*gather(list(step_s)), strict=True)]
-    result.metrics |= summarize(slowest_s, spec.batch_size * spec.workers)
+    metrics, unmeasured = summarize(
+        gather(list(step_s)),
+        samples_per_step=spec.batch_size * spec.workers,
+        tokens_per_sample=tokens_per_sample if isinstance(tokens_per_sample, int) else None,
+    )
+    result.metrics |= metrics
+    result.unmeasured |= unmeasured
+    shares, reasons = utilization(result.metrics, metrics["step_median_s"], device_name(result.device), spec.compute)
+    result.metrics |= shares
+    result.unmeasured |= reasons
     result.metrics["loss_last"] = losses[-1]
     if not all(map(math.isfinite, losses)):
         first = next(index for index, loss in enumerate(losses) if not math.isfinite(loss))
@@ -130,26 +145,15 @@ def _record_memory(engine: TrainingEngine, device: torch.device, batch: Batch, r
     result.exports |= attributed.exports
 
 
-def create(spec: TrialSpec) -> nn.Module:
-    """The trial's model on the host: the same weights for the same seed, whatever becomes of the activations."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec.seed)
-        model = build_model(
-            spec.model,
-            depth=spec.depth,
-            channels=spec.channels,
-            num_classes=num_classes(spec.data.name),
-            in_channels=CHANNELS,
-            activations=spec.activations if spec.budget_bytes is None else Budgeted(spec.budget_bytes),
-            precision=Precision(spec.compute, spec.reconstruction),
-        )
-    return model.train()
+def count_flops(spec: TrialSpec) -> tuple[dict[str, int], dict[str, str]]:
+    """Operations of one step of one rank, and why they are missing; see `measure_flops`."""
 
+    def build(activations: str) -> nn.Module:
+        budget_bytes = spec.budget_bytes if activations == "budgeted" else None
+        return create(spec.model_copy(update={"activations": activations, "budget_bytes": budget_bytes}))
 
-def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy in at least fp32, whatever the network computed in."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return nn.functional.cross_entropy(wide, labels)
+    image_shape = spec.batch_size, CHANNELS, spec.data.image_size, spec.data.image_size
+    return measure_flops(build, spec.activations, loss_of, image_shape, autocast=AUTOCAST_DTYPES[spec.compute])
 
 
 def limit_memory(device: torch.device, memory_bytes: int | None) -> None:

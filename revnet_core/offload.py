@@ -21,20 +21,35 @@ class _OnHost(NamedTuple):
 
 
 class _Form(NamedTuple):
-    """A tensor on `meta`, which has no contents to copy: what is left of it when it is off the device."""
+    """What is left of a tensor without contents when it is off the device."""
 
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
+    device: torch.device
 
     def back(self) -> Tensor:
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+
+_standing_for_a_device = False
+
+
+@contextlib.contextmanager
+def standing_for_a_device() -> Iterator[None]:
+    """Within, tensors without contents (fake ones, or on `meta`) stand for those of a device that is not the host: what
+    is offloaded takes no memory of it."""
+    global _standing_for_a_device
+    before, _standing_for_a_device = _standing_for_a_device, True
+    try:
+        yield
+    finally:
+        _standing_for_a_device = before
 
 
 @contextlib.contextmanager
 def offloaded(module: nn.Module) -> Iterator[None]:
-    """What autograd saves within lies in pinned host memory; on the CPU it is there already and stays as it is. On
-    `meta`, which stands for any other device, it lies nowhere.
+    """What autograd saves within lies in pinned host memory; on the CPU it is there already and stays as it is.
 
     Unlike `torch.autograd.graph.save_on_cpu` it leaves the parameters of `module` where they are, and copies a tensor
     that several operations save only once.
@@ -47,8 +62,8 @@ def offloaded(module: nn.Module) -> Iterator[None]:
         storage = tensor.untyped_storage()
         if _is_on_host(tensor) or storage.nbytes() < SMALLEST_BYTES or storage._cdata in own:
             return tensor
-        if tensor.device.type == "meta":
-            return _Form(tensor.shape, tensor.stride(), tensor.dtype)
+        if _standing_for_a_device:
+            return _Form(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         key = storage._cdata, tensor._version, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()
         if key in copies and not copies[key][0].expired():
             return copies[key][1]
@@ -69,4 +84,5 @@ def offloaded(module: nn.Module) -> Iterator[None]:
 
 
 def _is_on_host(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
+    # On "meta" there is nothing to copy.
+    return tensor.device.type in ("cpu", "meta") and not _standing_for_a_device

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import _disable_current_modes
 
 from revnet_core.errors import ChangedStateError
 from revnet_core.norms import NormReplay
@@ -86,9 +87,9 @@ class Replay:
         ]
         with self._norms.recording() if self._norms else contextlib.nullcontext():
             yield
-        if not torch.equal(cpu_state, torch.get_rng_state()):
+        if not _same(cpu_state, torch.get_rng_state()):
             self._cpu_state = cpu_state
-        if cuda_state is not None and not torch.equal(cuda_state, torch.cuda.get_rng_state(self._device)):
+        if cuda_state is not None and not _same(cuda_state, torch.cuda.get_rng_state(self._device)):
             self._cuda_state = cuda_state
         self._buffers = [
             held._replace(tensor=copy, version=None)
@@ -166,6 +167,12 @@ class Replay:
                 for name, buffer in module._buffers.items():
                     if buffer is not None:
                         yield module, name, buffer
+
+
+def _same(state: Tensor, other: Tensor) -> bool:
+    # Not for a dispatch mode around the step: one whose tensors are fake could not tell.
+    with _disable_current_modes():
+        return torch.equal(state, other)
 
 
 def _version_of(tensor: Tensor) -> int:

@@ -35,7 +35,7 @@ class Storage:
     by_engine   whether autograd's engine called the operation: a gradient. In the backward the others are
                 recomputed activations, rebuilt streams, and what else Python code of a backward makes
     saved       alive between forward and backward
-    address     of its first byte; 0 on `meta`
+    address     of its first byte; 0 on `meta` and of a fake tensor
     born_ns     `time.time_ns()` when the operation had returned
     device      type of the device that it lies on
     in_engine   whether autograd's engine was running
@@ -72,11 +72,13 @@ class LiveStorages(TorchDispatchMode):
     existing     what is not to be counted: parameters, gradients, buffers, the batch
     model        whose modules' names owners are told by
     kernel_peak  model of what a kernel needs meanwhile: operation, arguments, output -> bytes
+    granularity_bytes  an allocation takes a multiple of it
     note_operation  told before each operation its number and name, and "" after it
 
     storages     in order of birth
     changes      (index of a storage, its bytes, negative when it died), in order
     level_bytes  alive now, above the level at the start
+    peaks        of each phase
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class LiveStorages(TorchDispatchMode):
         *,
         model: nn.Module | None = None,
         kernel_peak: KernelPeak | None = None,
+        granularity_bytes: int = 1,
         note_operation: Callable[[str], None] = lambda operation: None,
     ) -> None:
         super().__init__()
@@ -92,9 +95,10 @@ class LiveStorages(TorchDispatchMode):
         self.changes: list[tuple[int, int]] = []
         self.level_bytes = 0
         self.forward_end: int | None = None
-        self.peak = Peak(0, 0, "", 0)
+        self.peaks: dict[Phase, Peak] = dict.fromkeys(("forward", "backward"), Peak(0, 0, "", 0))
         self._phase: Phase = "forward"
         self._kernel_peak = kernel_peak
+        self._granularity_bytes = granularity_bytes
         self._note_operation = note_operation
         self._operations = 0
         # By the address of the storage object, which is its own as long as it lives.
@@ -115,6 +119,10 @@ class LiveStorages(TorchDispatchMode):
         super().__exit__(*error)
         self._undo.close()
 
+    @property
+    def peak(self) -> Peak:
+        return max(self.peaks.values())
+
     def end_forward(self) -> int:
         """From here on is backward. Returns the saved bytes."""
         self._phase = "backward"
@@ -129,24 +137,27 @@ class LiveStorages(TorchDispatchMode):
         before_bytes = self.level_bytes
         self._operations += 1
         self._note_operation(f"{self._operations} {func}")
+        by_engine = _called_by_engine(sys._getframe(1))
+        # Without a dispatch mode the engine adds a gradient to an earlier one in place where nobody else has that: the
+        # sum then takes no memory, and its storage is the earlier one's.
+        reused_bytes = _sole_owner_bytes(args[0]) if by_engine and func is torch.ops.aten.add.Tensor else None
         out = func(*args, **(kwargs or {}))
         self._note_operation("")
-        by_engine = _called_by_engine(sys._getframe(1))
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._note(tensor, func, args, by_engine)
-        rise_bytes = risen_bytes = self.level_bytes - before_bytes
-        if by_engine and func is torch.ops.aten.add.Tensor:
-            # Without a dispatch mode the engine adds a gradient to the one before in place.
-            risen_bytes = 0
+                self._note(tensor, func, args, by_engine, reused_bytes)
+        rise_bytes = self.level_bytes - before_bytes
+        risen_bytes = rise_bytes if reused_bytes is None else 0
         if self._kernel_peak is not None:
             risen_bytes = max(risen_bytes, self._kernel_peak(func, args, out))
-        if before_bytes + risen_bytes > self.peak.level_bytes:
+        if before_bytes + risen_bytes > self.peaks[self._phase].level_bytes:
             kernel_bytes = max(0, risen_bytes - rise_bytes)
-            self.peak = Peak(before_bytes + risen_bytes, len(self.changes), str(func), kernel_bytes)
+            self.peaks[self._phase] = Peak(before_bytes + risen_bytes, len(self.changes), str(func), kernel_bytes)
         return out
 
-    def _note(self, tensor: Tensor, func: Any, args: tuple[Any, ...], by_engine: bool) -> None:
+    def _note(
+        self, tensor: Tensor, func: Any, args: tuple[Any, ...], by_engine: bool, reused_bytes: int | None
+    ) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known:
@@ -154,7 +165,9 @@ class LiveStorages(TorchDispatchMode):
         if any(isinstance(t, Tensor) and t.untyped_storage()._cdata == key for t in tree_leaves(args)):
             self._note_existing(storage)  # a view of what was there before
             return
-        index, nbytes = len(self.storages), storage.nbytes()
+        index = len(self.storages)
+        nbytes = storage.nbytes() if reused_bytes is None else reused_bytes
+        nbytes = -(-nbytes // self._granularity_bytes) * self._granularity_bytes
 
         def die(_: Any) -> None:
             del self._known[key]
@@ -167,7 +180,7 @@ class LiveStorages(TorchDispatchMode):
         self.level_bytes += nbytes
         self.changes.append((index, nbytes))
         owner = self._running[-1] if self._running else ""
-        address = 0 if tensor.device.type == "meta" else storage.data_ptr()
+        address = 0 if storage.device.type == "meta" else storage.data_ptr()
         born = Storage(nbytes, self._phase, str(func), owner, by_engine, address, time.time_ns())
         born.device = tensor.device.type
         born.in_engine, born.caller = _called_from(sys._getframe(2))
@@ -183,6 +196,13 @@ class LiveStorages(TorchDispatchMode):
             return call()
         finally:
             self._running.pop()
+
+
+def _sole_owner_bytes(tensor: Tensor) -> int | None:
+    """Of the tensor's storage, if no other tensor shares it."""
+    storage = tensor.untyped_storage()
+    tensor_and_this_name = 2
+    return storage.nbytes() if torch._C._storage_Use_Count(storage._cdata) <= tensor_and_this_name else None
 
 
 def _called_by_engine(frame: FrameType | None) -> bool:

@@ -1,5 +1,7 @@
 """Live-storage tracking, on tensors of known size: on the CPU and on `meta`, which allocates nothing."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -75,12 +77,24 @@ def test_what_is_born_where_something_died_is_seen(named: bool) -> None:
     assert live.level_bytes == sum(tensor.nbytes for tensor in kept)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_gradients_that_meet_are_added_in_place_as_without_a_tracker(device: str) -> None:
-    def forward(x: Tensor) -> Tensor:
-        y = x * 1
-        return (y * 2).sum() + (y * 3).sum() + (y * 4).sum()
+def meet(x: Tensor) -> Tensor:
+    y = x * 1
+    return (y * 2).sum() + (y * 3).sum() + (y * 4).sum()
 
+
+def meet_in_part_of_a_gradient(x: Tensor) -> Tensor:
+    """The gradients by the halves share one storage; once one half is done with, the other adds in place to all."""
+    y = x * 1
+    first, second = y * 1, y * 2
+    both = torch.cat([first, second])
+    return (both * both).sum() + (second * 3).sum()
+
+
+@pytest.mark.parametrize("forward", [meet, meet_in_part_of_a_gradient])
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_that_meet_are_added_in_place_as_without_a_tracker(
+    device: str, forward: Callable[[Tensor], Tensor]
+) -> None:
     def leaf(device: str) -> Tensor:
         x = torch.zeros(ELEMENTS_PER_MIB, device=device, requires_grad=True)
         x.grad = torch.zeros_like(x)
@@ -111,6 +125,13 @@ def test_a_kernel_s_own_memory_is_in_the_peak_and_in_no_storage() -> None:
     assert live.peak.level_bytes == 5 * MIB
     assert live.peak.kernel_bytes == 4 * MIB
     assert live.level_bytes == MIB
+
+
+def test_an_allocation_takes_whole_granules() -> None:
+    with LiveStorages([], granularity_bytes=512) as live:
+        kept = torch.zeros(129, device="meta")
+    assert kept.nbytes == 516
+    assert live.level_bytes == 1024
 
 
 def test_modules_are_called_as_before_afterwards() -> None:

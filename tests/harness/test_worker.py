@@ -23,7 +23,13 @@ METRICS_OF_A_REVERSIBLE_TRIAL = {
     "step_median_s",
     "step_q1_s",
     "step_q3_s",
+    "step_median_low_s",
+    "step_median_high_s",
+    "step_median_rank_spread_s",
     "samples_per_s",
+    "flops_forward",
+    "flops_backward",
+    "flops_recompute",
     "loss_last",
     "parameter_count",
     "parameter_bytes",
@@ -53,14 +59,18 @@ def run_worker(spec: TrialSpec, tmp_path: Path, prelude: str = "") -> Record:
 
 def test_a_trial_runs_without_ray_pandas_and_plotly(spec: TrialSpec, tmp_path: Path) -> None:
     blocked = ("ray", "pandas", "plotly", "pyarrow", "typer", "ruamel", "jinja2")
+    spec = spec.model_copy(update={"measured_steps": 3})
     record = run_worker(spec, tmp_path, f"import sys\nfor name in {blocked}: sys.modules[name] = None")
     assert record.status == "ok", record.reason
     assert record.metrics.keys() >= METRICS_OF_A_REVERSIBLE_TRIAL
     assert record.spec == spec.model_dump(mode="json")
     assert record.versions["torch"] == torch.__version__
     assert not record.metrics.keys() & record.unmeasured.keys()
+    assert record.machine.keys() >= {"device_name", "load_average", "environment"}
+    if record.machine["device"] == "cpu":
+        assert record.unmeasured["mfu"] == f"n/a: the peak of {record.machine['cpu']} at fp32 is not known"
     rows = RunStore(tmp_path / "out").read_trace_rows(spec.id)
-    assert [row.index for row in rows if row.table == "step" and row.name == "step_s"] == [0, 1]
+    assert [row.index for row in rows if row.table == "step" and row.name == "step_s"] == [0, 1, 2]
     assert (
         len([row for row in rows if row.table == "drift" and row.name == "rel"]) == record.metrics["reversible_blocks"]
     )
@@ -100,6 +110,27 @@ def test_two_ranks_end_in_one_record(spec: TrialSpec, tmp_path: Path, zero_stage
     assert record.status == "ok", record.reason
     assert record.metrics["activation_peak_bytes"] > 0
     assert "activation_peak_rank_spread_bytes" in record.metrics
+
+
+def test_a_model_that_needs_contents_has_no_count_and_trains_all_the_same(spec: TrialSpec, tmp_path: Path) -> None:
+    reads = spec.model_copy(update={"model": "faulty_models:reads", "depth": None, "activations": "stored"})
+    record = run_worker(reads, tmp_path)
+    assert record.status == "ok", record.reason
+    assert "flops_forward" not in record.metrics
+    assert record.unmeasured["flops_forward"].startswith("the model does not run on tensors without contents")
+
+
+@pytest.mark.parametrize(("of_user", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(
+    spec: TrialSpec, monkeypatch: pytest.MonkeyPatch, of_user: str | None, policy: str
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if of_user:
+        monkeypatch.setenv("OMP_WAIT_POLICY", of_user)
+    raising = spec.model_copy(update={"model": "faulty_models:raises", "depth": None, "activations": "stored"})
+    done = supervise(raising, timeout_s=120)
+    assert done.record.machine["environment"]["OMP_WAIT_POLICY"] == policy
 
 
 def test_one_rank_that_fails_ends_the_others(spec: TrialSpec, monkeypatch: pytest.MonkeyPatch) -> None:

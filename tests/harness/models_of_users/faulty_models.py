@@ -46,6 +46,12 @@ def hungry(*, num_classes: int, **options: Any) -> nn.Module:
     return Linear(num_classes, lambda: [kept.append(torch.ones(2**22)) for _ in range(512)])
 
 
+def reads(*, num_classes: int, **options: Any) -> nn.Module:
+    """Decides by a value, which a tensor without contents does not have."""
+    model = Linear(num_classes, lambda: model.linear.bias.sum().item() > 0)
+    return model
+
+
 def diverges(*, num_classes: int, **options: Any) -> nn.Module:
     model = Linear(num_classes, lambda: None)
     nn.init.constant_(model.linear.weight, float("nan"))

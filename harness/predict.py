@@ -1,0 +1,169 @@
+"""The memory of a trial before it runs: its own code, on fake tensors, which have shapes and no contents.
+
+Needs no GPU and allocates nothing of what it predicts. What operations return is tracked as it comes and goes; what a
+CPU's kernels take for themselves is modelled (harness/measure/kernels.py); what DeepSpeed keeps is reckoned.
+"""
+
+import contextlib
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from harness.data import CHANNELS
+from harness.errors import HarnessError, PredictionError
+from harness.measure.kernels import CpuKernels
+from harness.measure.live import LiveStorages
+from harness.models import create, loss_of
+from harness.trials import TrialSpec
+from harness.zero import ModelSize, bucket_bytes, divided, gradients_pile_up
+from revnet_core import UnsupportedError
+from revnet_core.offload import standing_for_a_device
+from revnet_core.precision import AUTOCAST_DTYPES
+
+# CUDA's caching allocator hands out multiples of it.
+CUDA_GRANULARITY_BYTES = 512
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a prediction is for.
+
+    threads  of a rank's process; on the CPU kernels depend on it
+    """
+
+    kind: Literal["cpu", "cuda"]
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Of one step of one rank, in bytes above the level at its start, before the engine's own buffers; and what was
+    there before it. `peak_operation` is where the backward is highest."""
+
+    saved_bytes: int
+    forward_peak_bytes: int
+    backward_peak_bytes: int
+    peak_operation: str
+    model: ModelSize
+    batch_bytes: int
+    blocks: int | None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one rank; bytes, defined as in a record (docs/measures.md).
+
+    peak_operation  where the activation peak is
+    """
+
+    activation_saved_bytes: int
+    activation_peak_bytes: int
+    allocated_peak_bytes: int
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    buffer_bytes: int
+    batch_bytes: int
+    blocks: int | None
+    peak_operation: str
+
+    def metrics(self) -> dict[str, int]:
+        """As they stand in a record, beside the measured ones."""
+        return {f"predicted_{name}": value for name, value in asdict(self).items() if name.endswith("_bytes")}
+
+
+def device_of(spec: TrialSpec) -> Device:
+    """The one that the trial would run on, on this machine."""
+    wanted = spec.resources.gpus_per_worker
+    on_gpu = torch.cuda.is_available() if wanted is None else wanted > 0
+    return Device("cuda" if on_gpu else "cpu", spec.resources.cpus_per_worker)
+
+
+def predict(spec: TrialSpec, device: Device) -> Prediction:
+    """What the trial's step would take on `device`; raises as `step_memory`."""
+    return with_engine(spec, step_memory(spec, device))
+
+
+def step_memory(spec: TrialSpec, device: Device) -> StepMemory:
+    """A step of the trial's own code on fake tensors.
+
+    Raises UnsupportedError for what the trial would be refused for, HarnessError for a model that cannot be built, and
+    PredictionError for one that cannot run without contents, because it decides by values.
+    """
+    if device.kind == "cpu" and spec.compute in ("fp16", "tf32"):
+        raise UnsupportedError(f"compute = {spec.compute!r}: not on a CPU. Use bf16 or fp32, or a GPU.")
+    standing_in = standing_for_a_device() if device.kind == "cuda" else contextlib.nullcontext()
+    with FakeTensorMode(), standing_in:
+        try:
+            return _step_memory(spec, device)
+        except (HarnessError, UnsupportedError):
+            raise
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            raise PredictionError(
+                f"{spec.model} cannot be predicted: {type(error).__name__}: {lines[0]}. Its step has to run on "
+                "tensors without contents (torch's FakeTensorMode): branch on shapes, not on values."
+            ) from error
+
+
+def with_engine(spec: TrialSpec, step: StepMemory) -> Prediction:
+    """The step under the trial's engine, which has buffers of its own in the backward and divides the model's state."""
+    state = divided(step.model, spec.zero_stage, spec.workers)
+    buckets_bytes = bucket_bytes(spec, step.model.parameter_count)
+    peak_bytes = max(step.forward_peak_bytes, step.backward_peak_bytes + buckets_bytes)
+    return Prediction(
+        activation_saved_bytes=step.saved_bytes,
+        activation_peak_bytes=peak_bytes,
+        allocated_peak_bytes=peak_bytes + sum(state) + step.batch_bytes,
+        parameter_bytes=state.parameter_bytes,
+        gradient_bytes=state.gradient_bytes,
+        optimizer_bytes=state.optimizer_bytes,
+        buffer_bytes=state.buffer_bytes,
+        batch_bytes=step.batch_bytes,
+        blocks=step.blocks,
+        peak_operation=step.peak_operation,
+    )
+
+
+def _step_memory(spec: TrialSpec, device: Device) -> StepMemory:
+    model = create(spec)
+    size = spec.data.image_size
+    x = torch.empty(spec.batch_size, CHANNELS, size, size)
+    labels = torch.zeros(spec.batch_size, dtype=torch.long)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not gradients_pile_up(spec.zero_stage):
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+    # The first forward finds out what later ones rely on: a budget's blocks, which nets change their input.
+    _forward(model, x, labels, spec.compute)
+    gradients = [p.grad for p in trained if p.grad is not None]
+    on_gpu = device.kind == "cuda"
+    live = LiveStorages(
+        [*model.parameters(), *model.buffers(), *gradients, x, labels],
+        kernel_peak=None if on_gpu else CpuKernels.of_this_machine(device.threads),
+        granularity_bytes=CUDA_GRANULARITY_BYTES if on_gpu else 1,
+    )
+    with live:
+        loss = _forward(model, x, labels, spec.compute)
+        saved_bytes = live.end_forward()
+        loss.backward()
+    return StepMemory(
+        saved_bytes=saved_bytes,
+        forward_peak_bytes=live.peaks["forward"].level_bytes,
+        backward_peak_bytes=live.peaks["backward"].level_bytes,
+        peak_operation=live.peak.operation,
+        model=ModelSize.of(model),
+        batch_bytes=x.nbytes + labels.nbytes,
+        blocks=getattr(model, "blocks", None),
+    )
+
+
+def _forward(model: nn.Module, x: Tensor, labels: Tensor, compute: str) -> Tensor:
+    dtype = AUTOCAST_DTYPES[compute]
+    # As the engine's own around the model.
+    with contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype):
+        logits = model(x)
+    return loss_of(logits, labels)
