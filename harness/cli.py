@@ -86,7 +86,7 @@ def run(
     exports = [name for name, asked in (("snapshot", snapshot), ("perfetto", perfetto)) if asked]
     if exports and only is None:
         raise HarnessError(
-            f"--{exports[0]}: a file of many MiB for each trial. Name the trials with --only ID; ids are in the report."
+            f"--{exports[0]}: a file for each trial. Name the trials with --only ID; the report has the ids."
         )
     loaded, trials = _load(study)
     store = RunStore(out or _default_out(loaded))

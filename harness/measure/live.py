@@ -6,6 +6,7 @@ takes for itself meanwhile; a model of that can be given.
 
 import contextlib
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -108,9 +109,11 @@ class LiveStorages(TorchDispatchMode):
             self._note_existing(tensor.untyped_storage())
         self._names = {} if model is None else {module: name for name, module in model.named_modules()}
         self._running: list[str] = []
+        self._thread = threading.get_ident()
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> "LiveStorages":
+        self._thread = threading.get_ident()
         self._undo.enter_context(_calls_seen_by(self._call))
         super().__enter__()
         return self
@@ -137,7 +140,7 @@ class LiveStorages(TorchDispatchMode):
         before_bytes = self.level_bytes
         self._operations += 1
         self._note_operation(f"{self._operations} {func}")
-        by_engine = _called_by_engine(sys._getframe(1))
+        by_engine = _called_by_engine(sys._getframe().f_back)
         # Without a dispatch mode the engine adds a gradient to an earlier one in place where nobody else has that: the
         # sum then takes no memory, and its storage is the earlier one's.
         reused_bytes = _sole_owner_bytes(args[0]) if by_engine and func is torch.ops.aten.add.Tensor else None
@@ -183,7 +186,9 @@ class LiveStorages(TorchDispatchMode):
         address = 0 if storage.device.type == "meta" else storage.data_ptr()
         born = Storage(nbytes, self._phase, str(func), owner, by_engine, address, time.time_ns())
         born.device = tensor.device.type
-        born.in_engine, born.caller = _called_from(sys._getframe(2))
+        born.in_engine, born.caller = _called_from(sys._getframe(1).f_back)
+        # The engine works for a GPU in a thread of its own, where nothing on the Python stack tells of it.
+        born.in_engine |= threading.get_ident() != self._thread
         self.storages.append(born)
 
     def _note_existing(self, storage: torch.UntypedStorage) -> None:
@@ -208,7 +213,8 @@ def _sole_owner_bytes(tensor: Tensor) -> int | None:
 def _called_by_engine(frame: FrameType | None) -> bool:
     while frame is not None and frame.f_globals.get("__name__") in _WRAPPERS:
         frame = frame.f_back
-    return frame is not None and frame.f_code.co_name == _ENGINE
+    # In a thread of the engine's own there is no Python below what it calls.
+    return frame is None or frame.f_code.co_name == _ENGINE
 
 
 def _called_from(frame: FrameType | None) -> tuple[bool, str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from harness.measure.attribution import CATEGORIES, Attribution, Block, Held, attribute, held_storages
 from harness.measure.events import AllocatorEvent, AllocatorHistory, ProfilerRecorder
 from harness.measure.live import LiveStorages, Storage
+from harness.measure.memory import measure_memory
 from harness.measure.timeline import memory_rows, owner_rows, thin
 
 CPU = torch.device("cpu")
@@ -173,6 +174,26 @@ def test_what_a_kernel_takes_for_itself_is_a_temporary() -> None:
     assert max(attribution.levels()["unattributed"]) == 0
     scratch = [block for block in attribution.blocks if block.category == "temporary"]
     assert all(block.operation == "aten::conv2d" and block.owner == "" for block in scratch)
+
+
+def test_gradients_that_meet_take_a_new_storage_under_the_tracker() -> None:
+    """Which is why the attributed step's peak is not the one that is recorded."""
+
+    def forward(x: Tensor) -> Tensor:
+        y = x.exp()
+        return (y * 2).sum() + (y * 3).sum() + (y * 4).sum()
+
+    x = torch.zeros(KIB, requires_grad=True)
+    x.grad = torch.zeros_like(x)
+    plain = measure_memory(CPU, lambda: forward(x), lambda loss: loss.backward())
+    recorder = ProfilerRecorder()
+    with recorder, LiveStorages([x, x.grad]):
+        loss = forward(x)
+        recorder.end_forward()
+        loss.backward()
+    scalars_bytes = 64  # that a factor becomes within a kernel
+    assert abs(recorder.history().peak_bytes - plain.activation_peak_bytes - x.nbytes) < scalars_bytes
+    assert recorder.history().saved_bytes == plain.activation_saved_bytes
 
 
 # On events of our own making

@@ -1,12 +1,14 @@
 """Live-storage tracking, on tensors of known size: on the CPU and on `meta`, which allocates nothing."""
 
+import threading
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _push_mode
 
-from harness.measure.live import LiveStorages
+from harness.measure.live import LiveStorages, _called_by_engine
 from harness.measure.memory import measure_memory
 
 MIB = 2**20
@@ -132,6 +134,27 @@ def test_an_allocation_takes_whole_granules() -> None:
         kept = torch.zeros(129, device="meta")
     assert kept.nbytes == 516
     assert live.level_bytes == 1024
+
+
+def test_what_runs_in_another_thread_is_the_engine_s() -> None:
+    """It has one for each GPU; the mode goes with it."""
+
+    def rebuild(x: Tensor) -> None:
+        _push_mode(live)
+        x.exp()
+
+    x = torch.zeros(4)
+    with LiveStorages([x]) as live:
+        x.exp()
+        live.end_forward()
+        thread = threading.Thread(target=rebuild, args=[x])
+        thread.start()
+        thread.join()
+    assert [(s.in_engine, s.by_engine, s.caller) for s in live.storages] == [
+        (False, False, __name__),
+        (True, False, __name__),
+    ]
+    assert _called_by_engine(None)
 
 
 def test_modules_are_called_as_before_afterwards() -> None:
