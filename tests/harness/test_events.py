@@ -1,5 +1,6 @@
 """The allocator's events: read from a profile and from a snapshot, and joined into allocations by their addresses."""
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,9 +15,11 @@ from harness.measure.events import (
     FORWARD_END,
     START,
     AllocatorEvent,
+    HistoryRecorder,
     ProfilerRecorder,
     history_from_snapshot,
     history_from_tree,
+    record_events,
 )
 
 KIB = 2**10
@@ -174,3 +177,35 @@ def test_a_snapshot_that_may_have_lost_events_is_refused(monkeypatch: pytest.Mon
     assert history_from_snapshot(snapshot(one), 1, **times_ns).peak_bytes == 8
     with pytest.raises(MeasurementError, match="more than 2 allocator events"):
         history_from_snapshot(snapshot(one, two), 1, **times_ns)
+
+
+@pytest.mark.parametrize("stacks", [True, False])
+def test_the_history_of_a_gpu_is_recorded_within_the_step_only(monkeypatch: pytest.MonkeyPatch, stacks: bool) -> None:
+    """On an allocator that only notes what it is asked for."""
+    asked: list[tuple[Any, ...]] = []
+    entry = {"action": "alloc", "addr": 1, "size": 8, "time_us": time.time_ns() // 1000}
+    memory = torch.cuda.memory
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: asked.append(("synchronize", device)))
+    monkeypatch.setattr(memory, "_record_memory_history", lambda on, **how: asked.append((on, how.get("context"))))
+    monkeypatch.setattr(memory, "_snapshot", lambda: {"device_traces": [[], [entry]]})
+    monkeypatch.setattr(memory, "_set_memory_metadata", lambda text: asked.append(("note", text)), raising=False)
+    recorder = HistoryRecorder(torch.device("cuda", 1), stacks=stacks)
+    with recorder:
+        recorder.note_operation("1 aten.mm.default")
+        recorder.end_forward()
+    assert asked == [
+        ("synchronize", 1),
+        ("all", "alloc" if stacks else None),
+        ("note", "1 aten.mm.default"),
+        ("synchronize", 1),
+        ("note", ""),
+        (None, None),
+    ]
+    history = recorder.history()
+    assert history.peak_bytes == 8
+    assert history.start_ns <= history.end_ns
+
+
+def test_each_device_has_its_recorder() -> None:
+    assert isinstance(record_events(torch.device("cpu")), ProfilerRecorder)
+    assert isinstance(record_events(torch.device("cuda", 0)), HistoryRecorder)
