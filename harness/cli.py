@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 trials failed; 2 bad input; 3 not comparable; 4 incomplete
 
 import sys
 from collections import Counter
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 
 DONE, FAILED, BAD_INPUT, INCOMPLETE = 0, 1, 2, 4
 
+
+class DeviceKind(StrEnum):
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 app = typer.Typer(
     help="Measure what reversible networks save in activation memory, and what it costs.",
     no_args_is_help=True,
@@ -29,6 +36,7 @@ app = typer.Typer(
 
 StudyArgument = Annotated[str, typer.Argument(help="A study file, or the name of a shipped study.", metavar="STUDY")]
 OutOption = Annotated[str | None, typer.Option(help="The run directory or fsspec URI; runs/NAME if not given.")]
+MemoryOption = Annotated[str | None, typer.Option(help="Of a rank's device, e.g. 80GiB.", metavar="SIZE")]
 RunArgument = Annotated[str, typer.Argument(help="A run directory (or any fsspec URI).", metavar="RUN")]
 
 
@@ -57,13 +65,27 @@ def models() -> None:
 
 
 @app.command()
-def plan(study: StudyArgument, out: OutOption = None) -> None:
-    """Check a study and list its trials and which of them are done; starts nothing."""
-    from harness.planning import print_plan
+def plan(
+    study: StudyArgument,
+    out: OutOption = None,
+    memory: MemoryOption = None,
+    device: Annotated[
+        DeviceKind | None, typer.Option(help="Predict for it; by default the one that trials would run on here.")
+    ] = None,
+) -> None:
+    """Check a study, predict the memory of its trials, and list which of them are done; starts nothing."""
+    from harness.forecast import forecast
+    from harness.plan_view import print_plan
+    from harness.predict import Device, device_of
     from harness.store import RunStore
 
+    memory_bytes = _memory(memory)
     loaded, trials = _load(study)
-    print_plan(trials, RunStore(out or _default_out(loaded)).finished_ids())
+
+    def chosen(trial: "TrialSpec") -> Device:
+        return Device(device.value, trial.resources.cpus_per_worker) if device else device_of(trial)
+
+    print_plan(trials, forecast(trials, chosen), RunStore(out or _default_out(loaded)).finished_ids(), memory_bytes)
 
 
 @app.command()
@@ -138,6 +160,15 @@ def _load(study: str) -> "tuple[Study, list[TrialSpec]]":
     trials = expand(loaded)
     check_trials(loaded, trials)
     return loaded, trials
+
+
+def _memory(given: str | None) -> int | None:
+    from harness.sizes import parse_memory
+
+    try:
+        return parse_memory(int(given) if given and given.isdecimal() else given)
+    except ValueError as error:
+        raise HarnessError(f"--memory {given}: {error}.") from None
 
 
 def _default_out(study: "Study") -> str:

@@ -1,15 +1,12 @@
-"""Which trials of a study to run now, and the list that `revnet plan` prints."""
+"""Which trials of a study to run now."""
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
-
-from rich.console import Console
-from rich.table import Table
+from collections.abc import Sequence
 
 from harness.errors import HarnessError
 from harness.record import STATUSES
 from harness.store import RunStore
-from harness.trials import AXES, TrialSpec
+from harness.trials import TrialSpec
 
 
 def select_trials(
@@ -35,22 +32,6 @@ def select_trials(
             if trial.id not in finished or (again and store.read_record(trial.id).status in again)
         ]
     return chosen if limit is None else _spread(chosen, limit)
-
-
-def print_plan(trials: Sequence[TrialSpec], done: Collection[str]) -> None:
-    """A table of the trials with the fields that differ between them; those that do not are listed once."""
-    rows = [trial.model_dump(mode="json") for trial in trials]
-    varying = [name for name in AXES if len({str(row[name]) for row in rows}) > 1]
-    # As wide as its content where nobody sees it: a file or a pipe has no width.
-    console = Console(width=None if Console().is_terminal else 200)
-    table = Table("id", *varying, "state", box=None, pad_edge=False)
-    for trial, row in zip(trials, rows, strict=True):
-        table.add_row(trial.id, *(str(row[name]) for name in varying), "done" if trial.id in done else "to run")
-    console.print(table)
-    same = ", ".join(f"{name} {rows[0][name]}" for name in AXES if name not in varying)
-    console.print(f"all: {same}", highlight=False)
-    left = sum(trial.id not in done for trial in trials)
-    console.print(f"{len(trials)} trials, {len(trials) - left} done, {left} to run", highlight=False)
 
 
 def _statuses(retry: str | None) -> set[str]:

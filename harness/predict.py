@@ -5,8 +5,8 @@ CPU's kernels take for themselves is modelled (harness/measure/kernels.py); what
 """
 
 import contextlib
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from harness.data import CHANNELS
 from harness.errors import HarnessError, PredictionError
 from harness.measure.kernels import CpuKernels
-from harness.measure.live import LiveStorages
+from harness.measure.live import LiveStorages, Phase
 from harness.models import create, loss_of
 from harness.trials import TrialSpec
 from harness.zero import ModelSize, bucket_bytes, divided, gradients_pile_up
@@ -38,15 +38,22 @@ class Device:
     threads: int = 1
 
 
+class PlacePeak(NamedTuple):
+    """The highest level in one part of the model, in one phase, and the operation that it is reached in."""
+
+    phase: Phase
+    place: str
+    level_bytes: int
+    operation: str
+
+
 @dataclass(frozen=True)
 class StepMemory:
     """Of one step of one rank, in bytes above the level at its start, before the engine's own buffers; and what was
-    there before it. `peak_operation` is where the backward is highest."""
+    there before it; `peaks` are those of the parts of the model, in the order in which the step comes to them."""
 
     saved_bytes: int
-    forward_peak_bytes: int
-    backward_peak_bytes: int
-    peak_operation: str
+    peaks: tuple[PlacePeak, ...]
     model: ModelSize
     batch_bytes: int
     blocks: int | None
@@ -56,7 +63,7 @@ class StepMemory:
 class Prediction:
     """Of one rank; bytes, defined as in a record (docs/measures.md).
 
-    peak_operation  where the activation peak is
+    peak_at  where the activation peak is
     """
 
     activation_saved_bytes: int
@@ -68,11 +75,14 @@ class Prediction:
     buffer_bytes: int
     batch_bytes: int
     blocks: int | None
-    peak_operation: str
+    peak_at: str
 
     def metrics(self) -> dict[str, int]:
         """As they stand in a record, beside the measured ones."""
         return {f"predicted_{name}": value for name, value in asdict(self).items() if name.endswith("_bytes")}
+
+
+PREDICTED_METRICS = tuple(f"predicted_{field.name}" for field in fields(Prediction) if field.name.endswith("_bytes"))
 
 
 def device_of(spec: TrialSpec) -> Device:
@@ -113,7 +123,9 @@ def with_engine(spec: TrialSpec, step: StepMemory) -> Prediction:
     """The step under the trial's engine, which has buffers of its own in the backward and divides the model's state."""
     state = divided(step.model, spec.zero_stage, spec.workers)
     buckets_bytes = bucket_bytes(spec, step.model.parameter_count)
-    peak_bytes = max(step.forward_peak_bytes, step.backward_peak_bytes + buckets_bytes)
+    levels = [peak.level_bytes + buckets_bytes * (peak.phase == "backward") for peak in step.peaks]
+    peak_bytes = max(levels)
+    highest = step.peaks[levels.index(peak_bytes)]
     return Prediction(
         activation_saved_bytes=step.saved_bytes,
         activation_peak_bytes=peak_bytes,
@@ -124,7 +136,7 @@ def with_engine(spec: TrialSpec, step: StepMemory) -> Prediction:
         buffer_bytes=state.buffer_bytes,
         batch_bytes=step.batch_bytes,
         blocks=step.blocks,
-        peak_operation=step.peak_operation,
+        peak_at=f"{highest.operation} in the {highest.phase} of {highest.place}",
     )
 
 
@@ -144,6 +156,7 @@ def _step_memory(spec: TrialSpec, device: Device) -> StepMemory:
     live = LiveStorages(
         [*model.parameters(), *model.buffers(), *gradients, x, labels],
         kernel_peak=None if on_gpu else CpuKernels.of_this_machine(device.threads),
+        model=model,
         granularity_bytes=CUDA_GRANULARITY_BYTES if on_gpu else 1,
     )
     with live:
@@ -152,9 +165,7 @@ def _step_memory(spec: TrialSpec, device: Device) -> StepMemory:
         loss.backward()
     return StepMemory(
         saved_bytes=saved_bytes,
-        forward_peak_bytes=live.peaks["forward"].level_bytes,
-        backward_peak_bytes=live.peaks["backward"].level_bytes,
-        peak_operation=live.peak.operation,
+        peaks=tuple(PlacePeak(*where, peak.level_bytes, peak.operation) for where, peak in live.peaks.items()),
         model=ModelSize.of(model),
         batch_bytes=x.nbytes + labels.nbytes,
         blocks=getattr(model, "blocks", None),

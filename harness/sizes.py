@@ -32,6 +32,14 @@ def parse_memory(value: object) -> int | None:
     return int(size_bytes)
 
 
+def in_words(size_bytes: int) -> str:
+    """`94.1 GiB`, in the largest unit of which there is one."""
+    for unit, unit_bytes in reversed(_UNITS.items()):
+        if size_bytes >= unit_bytes:
+            return f"{size_bytes / unit_bytes:.1f} {unit}"
+    return f"{size_bytes} bytes"
+
+
 def _memory(value: object) -> int | None:
     try:
         return parse_memory(value)

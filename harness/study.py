@@ -15,14 +15,14 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
 from harness.errors import DataError, ModelError, StudyError
 from harness.places import Loc, Places, dotted
 from harness.sizes import Memory
 from harness.study_faults import describe, did_you_mean
 from harness.study_values import Axes, Condition, Settings, SomeAxes, ZippedAxes, fault_at
-from harness.trials import AXES, DataSpec, DeepSpeedConfig, TrialSpec
+from harness.trials import AXES, DATA_AXES, DataSpec, DeepSpeedConfig, TrialSpec
 from harness.yaml_lines import read_yaml
 
 SHIPPED = Path(__file__).resolve().parent.parent / "studies"
@@ -87,9 +87,8 @@ class Study(_Inert):
             problem = "the model is given at the top, or as an axis. Move it there."
             raise ValidationError.from_exception_data("study", [fault_at(problem, ("model",), fixed["model"])])
         axes = {key for group in (info.data.get("grid", {}), *info.data.get("zip", [])) for key in group}
-        defaults = {
-            key: TrialSpec.model_fields[key].default for key in AXES if key not in axes and key not in ("model", "seed")
-        }
+        elsewhere = {*axes, *DATA_AXES, "model", "seed"}
+        defaults = {key: TrialSpec.model_fields[key].default for key in AXES if key not in elsewhere}
         return {key: (defaults | fixed)[key] for key in AXES if key in defaults or key in fixed}
 
     @model_validator(mode="after")
@@ -97,9 +96,12 @@ class Study(_Inert):
         given: dict[str, str] = {} if self.model is None else {"model": "the top"}
         if self.repeats > 1:
             given["seed"] = "repeats"
-        faults: list[InitErrorDetails] = []
-        if "seed" in given and "seed" in self.fixed:
-            faults.append(fault_at("also given in repeats. Keep one.", ("fixed", "seed"), self.fixed["seed"]))
+        twice = {f"data.{name}": "the section data" for name in self.data.model_fields_set} | given
+        faults = [
+            fault_at(f"also given in {twice[key]}. Keep one.", ("fixed", key), value)
+            for key, value in self.fixed.items()
+            if key in twice
+        ]
         groups: list[tuple[Loc, dict[str, list[Any]]]] = [(("grid",), self.grid)]
         groups += [(("zip", index), group) for index, group in enumerate(self.zip)]
         groups += [(("when", index, "grid"), when.grid) for index, when in enumerate(self.when)]
@@ -142,7 +144,9 @@ class Study(_Inert):
 
     def resolved(self) -> dict[str, Any]:
         """Plain data with the defaults filled in; read again, it is an equal Study with the same trials."""
-        return self.model_dump(mode="json", by_alias=True)
+        plain = self.model_dump(mode="json", by_alias=True)
+        plain["data"] = {name: value for name, value in plain["data"].items() if f"data.{name}" not in self.fixed}
+        return plain
 
     @property
     def path(self) -> str:
@@ -160,7 +164,7 @@ class Study(_Inert):
         that does not hold for it is passed over.
         """
         for index, when in enumerate(self.when):
-            holds = trial is None or all(getattr(trial, name) == wanted for name, wanted in when.if_.items())
+            holds = trial is None or all(trial.value(name) == wanted for name, wanted in when.if_.items())
             if holds and value in when.grid.get(key, ()):
                 return self.place("when", index, "grid", key, when.grid[key].index(value))
         for loc, axes in ((("grid",), self.grid), *((("zip", i), group) for i, group in enumerate(self.zip))):
@@ -232,9 +236,9 @@ def _at_its_place(study: Study, trial: TrialSpec, message: str, otherwise: str) 
 
     `depth = 40; ...` becomes `path:line: grid.depth[2] = 40; ...`.
     """
-    named = re.search(rf"\b(data\.\w+|{'|'.join(AXES)})\b", message)
+    named = re.search(rf"\b({'|'.join(map(re.escape, AXES))})\b", message)
     key = named[1] if named else otherwise
-    place = study.where(key, getattr(trial, key, None), trial)
+    place = study.where(key, trial.value(key), trial)
     if place == study.path:
         key, place = otherwise, study.where(otherwise, getattr(trial, otherwise), trial)
     return place + message.removeprefix(key) if message.startswith(f"{key} = ") else f"{place}: {message}"

@@ -78,7 +78,7 @@ def _sentence(fault: ErrorDetails, model: type[BaseModel]) -> str:
 
 def _subject(loc: Loc) -> str:
     """The field with its verb: `a batch size is`, `measured steps are`."""
-    name = next((part for part in reversed(loc) if isinstance(part, str)), "study")
+    name = next((part for part in reversed(loc) if isinstance(part, str)), "study").rpartition(".")[-1]
     words = name.removesuffix("_s").replace("_", " ")
     if name.split("_per_")[0].endswith("s") and not name.endswith("_s"):
         return f"{words} are"

@@ -8,7 +8,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from harness.places import Loc
 from harness.study_faults import did_you_mean
-from harness.trials import AXES, SECTIONS, axis_value
+from harness.trials import AXES, DATA_AXES, SECTIONS, axis_value
 
 
 def fault_at(problem: str, loc: Loc, given: object) -> InitErrorDetails:
@@ -24,6 +24,9 @@ def _as_in_a_trial(cells: Iterable[tuple[Loc, str, Any]]) -> dict[Loc, Any]:
     for loc, key, value in cells:
         if key in SECTIONS:
             faults.append(fault_at(f"{key} is the same for all trials. Move it to the section {key!r}.", loc, value))
+        elif key == "data":
+            problem = f"what differs between trials is given field by field: {', '.join(DATA_AXES)}. Name the field."
+            faults.append(fault_at(problem, loc, value))
         elif key not in AXES:
             guess = did_you_mean(key, AXES) or "remove it."
             faults.append(fault_at(f"{key!r} is no field of a trial; {guess} Allowed: {', '.join(AXES)}.", loc, value))

@@ -13,14 +13,17 @@ from torch import Tensor, nn
 
 from harness.data import CHANNELS, load_data
 from harness.engine import TrainingEngine, gather, join_ranks, leave_ranks, pick_device, set_compute
-from harness.measure.drift import measure_drift
+from harness.errors import PredictionError
+from harness.measure.drift import DRIFT_METRICS, measure_drift
 from harness.measure.flops import measure_flops, utilization
 from harness.measure.machine import device_name
 from harness.measure.memory import measure_memory
 from harness.measure.timing import summarize, time_step
 from harness.models import create, loss_of
+from harness.predict import PREDICTED_METRICS, Device, predict
 from harness.record import TraceRow
 from harness.trials import TrialSpec
+from revnet_core import UnsupportedError
 from revnet_core.precision import AUTOCAST_DTYPES
 
 Batch = tuple[Tensor, Tensor]
@@ -60,14 +63,30 @@ def train(spec: TrialSpec, scratch: Path, result: Result) -> None:
         _train_under_engine(spec, device, result)
     finally:
         leave_ranks()
-    # The engine's model is trained and, under ZeRO-3, in pieces; the audit is of the initial weights, whole.
     gc.collect()
+    # The limit is of a training step, and an audit needs more: it stores, in float64 too.
+    limit_memory(device, None)
+    _record_prediction(spec, device, result)
+    if spec.audit_batch_size == 0:
+        result.unmeasured |= dict.fromkeys(DRIFT_METRICS, "the study's audit_batch_size is 0")
+        return
+    # The engine's model is trained and, under ZeRO-3, in pieces; the audit is of the initial weights, whole.
     model = create(spec).to(device)
     x, labels = _batches(spec, 1, batch_size=spec.audit_batch_size)[0]
     metrics, rows, unmeasured = measure_drift(model, loss_of, (x.to(device), labels.to(device)))
     result.metrics |= metrics
     result.unmeasured |= unmeasured
     result.trace += rows
+
+
+def _record_prediction(spec: TrialSpec, device: torch.device, result: Result) -> None:
+    """What the plan said of this trial, beside what was measured."""
+    try:
+        prediction = predict(spec, Device("cuda" if device.type == "cuda" else "cpu", spec.resources.cpus_per_worker))
+    except (PredictionError, UnsupportedError) as error:
+        result.unmeasured |= dict.fromkeys(PREDICTED_METRICS, str(error))
+    else:
+        result.metrics |= prediction.metrics()
 
 
 def _train_under_engine(spec: TrialSpec, device: torch.device, result: Result) -> None:
@@ -156,21 +175,23 @@ def count_flops(spec: TrialSpec) -> tuple[dict[str, int], dict[str, str]]:
 
 
 def limit_memory(device: torch.device, memory_bytes: int | None) -> None:
-    """Cap what this rank may allocate on its device; None is no cap.
+    """Cap what this rank may allocate on its device; None is no cap, also after there was one.
 
     On CUDA the caching allocator's share. On the CPU the process's private data above what interpreter and
     libraries hold already, so that the figure means the same on both.
     """
-    if memory_bytes is None:
-        return
     if device.type == "cuda":
         total_bytes = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, memory_bytes / total_bytes), device)
+        share = 1.0 if memory_bytes is None else min(1.0, memory_bytes / total_bytes)
+        torch.cuda.set_per_process_memory_fraction(share, device)
         return
-    with open("/proc/self/status") as status:
-        held_kib = next(int(line.split()[1]) for line in status if line.startswith("VmData:"))
-    limit_bytes = held_kib * 2**10 + memory_bytes
-    resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
+    _, most_bytes = resource.getrlimit(resource.RLIMIT_DATA)
+    limit_bytes = most_bytes
+    if memory_bytes is not None:
+        with open("/proc/self/status") as status:
+            held_kib = next(int(line.split()[1]) for line in status if line.startswith("VmData:"))
+        limit_bytes = held_kib * 2**10 + memory_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, most_bytes))
 
 
 def _batches(spec: TrialSpec, count: int, *, batch_size: int | None = None) -> list[Batch]:

@@ -25,7 +25,7 @@ from harness.study_faults import describe, shown
 if TYPE_CHECKING:
     from harness.study import Study
 
-# A trial before it is checked as a whole: the fields of TrialSpec.
+# A trial before it is checked as a whole: a value for each of AXES, and the sections that are no axes.
 Row = dict[str, Any]
 
 # The harness derives these from the trial; two sources for one value could disagree.
@@ -113,7 +113,7 @@ class TrialSpec(_Inert):
     workers: int = Field(default=1, ge=1)
     warmup_steps: int = Field(default=2, ge=0)
     measured_steps: int = Field(default=5, ge=1)
-    audit_batch_size: int = Field(default=16, ge=1, description="samples of the drift and gradient audit")
+    audit_batch_size: int = Field(default=16, ge=0, description="samples of the drift and gradient audit; 0: none")
     learning_rate: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     seed: int = Field(default=0, ge=0, lt=2**63)
     resources: TrialResources = TrialResources()
@@ -127,6 +127,11 @@ class TrialSpec(_Inert):
     def id(self) -> str:
         """First 12 hexadecimal digits of the SHA-256 of the canonical JSON."""
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:12]
+
+    def value(self, key: str) -> Any:
+        """What the trial has under one of AXES."""
+        section, _, field = key.rpartition(".")
+        return getattr(getattr(self, section) if section else self, field)
 
     @classmethod
     def from_json(cls, text: str | bytes, *, source: str = "trial spec") -> "TrialSpec":
@@ -143,13 +148,22 @@ class TrialSpec(_Inert):
 
 
 # A section of its own in the study: set once, for all trials.
-SECTIONS: frozenset[str] = frozenset({"data", "resources", "deepspeed"})
-AXES: tuple[str, ...] = tuple(name for name in TrialSpec.model_fields if name not in SECTIONS)
+SECTIONS: frozenset[str] = frozenset({"resources", "deepspeed"})
+# A section too, but for those of its fields that are axes.
+DATA_AXES: tuple[str, ...] = tuple(f"data.{name}" for name in DataSpec.model_fields)
+AXES: tuple[str, ...] = tuple(
+    axis
+    for name in TrialSpec.model_fields
+    if name not in SECTIONS
+    for axis in (DATA_AXES if name == "data" else (name,))
+)
 
 
 def axis_value(key: str, value: object) -> Any:
-    """`value` as a trial would hold it under `key`. Raises pydantic's ValidationError, located at `key`."""
-    return getattr(TrialSpec.model_validate({"model": "any", key: value}), key)
+    """`value` as a trial would hold it under `key`. Raises pydantic's ValidationError."""
+    section, _, field = key.rpartition(".")
+    given = {section: {field: value}} if section else {field: value}
+    return TrialSpec.model_validate({"model": "any"} | given).value(key)
 
 
 def expand(study: "Study") -> list[TrialSpec]:
@@ -166,7 +180,7 @@ def expand(study: "Study") -> list[TrialSpec]:
     rows = _apply_exclude(study, rows)
     _check_budgets(study, rows)
     trials: dict[str, TrialSpec] = {}
-    for trial in map(TrialSpec.model_validate, rows):
+    for trial in map(_trial, rows):
         trials.setdefault(trial.id, trial)
     if not trials:
         raise StudyError(
@@ -199,9 +213,15 @@ def _base(study: "Study") -> Row:
         cpus_per_worker=study.resources.cpus_per_worker,
         memory_bytes=study.resources.memory,
     )
-    sections = {"data": study.data, "resources": resources, "deepspeed": study.deepspeed}
-    row = {name: field.default for name, field in TrialSpec.model_fields.items() if not field.is_required()}
-    return row | ({} if study.model is None else {"model": study.model}) | study.fixed | sections
+    data = {f"data.{name}": value for name, value in study.data}
+    sections = {"resources": resources, "deepspeed": study.deepspeed}
+    row = {name: TrialSpec.model_fields[name].default for name in AXES if name not in (*DATA_AXES, "model")}
+    return row | data | ({} if study.model is None else {"model": study.model}) | study.fixed | sections
+
+
+def _trial(row: Row) -> TrialSpec:
+    data = {name.removeprefix("data."): row[name] for name in DATA_AXES}
+    return TrialSpec.model_validate({key: row[key] for key in row if key not in DATA_AXES} | {"data": data})
 
 
 def _together(axes: Mapping[str, list[Any]]) -> list[Row]:

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.colors import qualitative
 from plotly.subplots import make_subplots
 
-from reports.frames import depth_law
+from reports.frames import CELL, depth_law
 
 MIB = 2**20
 # Told apart without colour too: by marker and dash.
@@ -64,9 +64,7 @@ def time_against_memory(frame: pd.DataFrame) -> go.Figure | None:
     if usable.empty:
         return None
     figure = go.Figure()
-    cell_fields = [
-        f for f in ("model", "depth", "batch_size", "compute", "zero_stage", "workers", "seed") if f in usable
-    ]
+    cell_fields = [field for field in CELL if field in usable]
     xs: list[float | None] = []
     ys: list[float | None] = []
     for _, cell in usable.groupby(cell_fields, sort=False, dropna=False):
@@ -114,6 +112,8 @@ def drift_by_block(frame: pd.DataFrame, traces: pd.DataFrame) -> go.Figure | Non
         return None
     # Drift depends on network and precision, not on the batch that is timed: one row each.
     keys = [f for f in ("model", "depth", "compute", "reconstruction") if f in shown]
+    if "data.image_size" in shown and shown["data.image_size"].nunique() > 1:
+        keys.append("data.image_size")
     shown = shown.sort_values([*keys, "batch_size"]).drop_duplicates(keys)
     labels = [" ".join(str(value) for value in row) for row in shown[keys].itertuples(index=False)]
     blocks = range(int(rel[rel["id"].isin(set(shown["id"]))]["index"].max()) + 1)

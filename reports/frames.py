@@ -8,9 +8,12 @@ import pandas as pd
 
 from harness.store import RunStore
 
+# What makes two trials the same but for what becomes of the activations.
+CELL = ("model", "depth", "data.name", "data.image_size", "batch_size", "compute", "zero_stage", "workers", "seed")
+
 # Strategy: what a reader compares. Model and activations always, the others where they differ within the run.
-_STRATEGY_EXTRAS = ("compute", "reconstruction", "zero_stage", "workers")
-_USUAL = {"compute": "fp32", "reconstruction": "fp32", "zero_stage": 0, "workers": 1}
+_USUAL = {"compute": "fp32", "reconstruction": "fp32", "zero_stage": 0, "workers": 1, "data.image_size": 32}
+_SPELLED = {"zero_stage": "ZeRO-{}", "workers": "ranks {}", "data.image_size": "{} px"}
 
 
 def trials_frame(store: RunStore) -> pd.DataFrame:
@@ -102,9 +105,8 @@ def _strategies(frame: pd.DataFrame) -> pd.Series:
     if "budget_bytes" in frame and frame["budget_bytes"].nunique() > 1:
         budget = (pd.to_numeric(frame["budget_bytes"]) / 2**20).map("{:g} MiB".format)
         names = names.where(frame["budget_bytes"].isna(), names + " · " + budget)
-    for field in _STRATEGY_EXTRAS:
+    for field, usual in _USUAL.items():
         if field in frame and frame[field].nunique() > 1:
-            prefix = {"zero_stage": "ZeRO-", "workers": "ranks "}.get(field, "")
-            unusual = frame[field] != _USUAL[field]
-            names = names.where(~unusual, names + " · " + prefix + frame[field].astype(str))
+            spelled = frame[field].map(_SPELLED.get(field, "{}").format)
+            names = names.where(frame[field] == usual, names + " · " + spelled)
     return names

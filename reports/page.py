@@ -53,8 +53,8 @@ METRIC_COLUMNS = (
     Column("blocks", "blocks", lambda value: f"{value:.0f}"),
 )
 SPEC_COLUMNS = (
-    *("model", "depth", "channels", "batch_size", "activations", "budget_bytes", "compute", "reconstruction"),
-    *("zero_stage", "workers", "seed"),
+    *("model", "depth", "channels", "data.name", "data.image_size", "batch_size", "activations", "budget_bytes"),
+    *("compute", "reconstruction", "zero_stage", "workers", "seed"),
 )
 
 

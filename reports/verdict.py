@@ -7,11 +7,9 @@ from typing import NamedTuple
 import pandas as pd
 
 from harness.record import RESULT_STATUSES, STATUSES
-from reports.frames import depth_law
+from reports.frames import CELL, depth_law
 
 MIB = 2**20
-# What makes two trials the same but for what becomes of the activations.
-_CELL = ("model", "depth", "batch_size", "compute", "zero_stage", "workers", "seed")
 
 
 def status_sentence(frame: pd.DataFrame, missing: int) -> str:
@@ -185,7 +183,7 @@ def _pairs(frame: pd.DataFrame, metric: str) -> list[_Pair]:
     if metric not in frame:
         return []
     usable = frame[frame["status"] == "ok"].dropna(subset=[metric])
-    cell = [field for field in _CELL if field in usable]
+    cell = [field for field in CELL if field in usable]
     stored = usable[usable["activations"] == "stored"]
     pairs = []
     for (model, strategy), rows in usable[usable["activations"] != "stored"].groupby(["model", "strategy"], sort=False):

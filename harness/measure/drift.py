@@ -8,6 +8,10 @@ from harness.record import TraceRow
 from revnet_core import audit_gradients, audit_model_inverse
 
 Metrics = dict[str, float | None]
+DRIFT_METRICS = (
+    *("drift_max_rel", "drift_max_abs", "drift_max_ulp"),
+    *("gradient_rel", "gradient_angle_deg", "gradient_reference_angle_deg", "stored_reference_angle_deg"),
+)
 
 
 def measure_drift(

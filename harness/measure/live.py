@@ -70,7 +70,9 @@ class LiveStorages(TorchDispatchMode):
     storages     in order of birth
     changes      (index of a storage, its bytes, negative when it died), in order
     level_bytes  alive now, above the level at the start
-    peaks        of each phase
+    peaks        of each phase in each part of the model, which has the same parts whatever its depth: the first two
+                 names of a module's path, and whether it is the first within. In the backward what the forward has
+                 saved tells, as it is freed, where the step is
     """
 
     def __init__(
@@ -86,8 +88,9 @@ class LiveStorages(TorchDispatchMode):
         self.changes: list[tuple[int, int]] = []
         self.level_bytes = 0
         self.forward_end: int | None = None
-        self.peaks: dict[Phase, Peak] = dict.fromkeys(("forward", "backward"), Peak(0, 0, "", 0))
+        self.peaks: dict[tuple[Phase, str], Peak] = {}
         self._phase: Phase = "forward"
+        self._place = ""
         self._kernel_peak = kernel_peak
         self._granularity_bytes = granularity_bytes
         # By the address of the storage object, which is its own as long as it lives.
@@ -111,7 +114,7 @@ class LiveStorages(TorchDispatchMode):
 
     @property
     def peak(self) -> Peak:
-        return max(self.peaks.values())
+        return max(self.peaks.values(), default=Peak(0, 0, "", 0))
 
     def end_forward(self) -> int:
         """From here on is backward. Returns the saved bytes."""
@@ -137,9 +140,10 @@ class LiveStorages(TorchDispatchMode):
         risen_bytes = rise_bytes if reused_bytes is None else 0
         if self._kernel_peak is not None:
             risen_bytes = max(risen_bytes, self._kernel_peak(func, args, out))
-        if before_bytes + risen_bytes > self.peaks[self._phase].level_bytes:
+        here = self._phase, self._place
+        if here not in self.peaks or before_bytes + risen_bytes > self.peaks[here].level_bytes:
             kernel_bytes = max(0, risen_bytes - rise_bytes)
-            self.peaks[self._phase] = Peak(before_bytes + risen_bytes, len(self.changes), str(func), kernel_bytes)
+            self.peaks[here] = Peak(before_bytes + risen_bytes, len(self.changes), str(func), kernel_bytes)
         return out
 
     def _note(
@@ -161,6 +165,8 @@ class LiveStorages(TorchDispatchMode):
             self._alive.discard(index)
             self.level_bytes -= nbytes
             self.changes.append((index, -nbytes))
+            if self._phase == "backward" and self.storages[index].saved:
+                self._place = _place_of(self.storages[index].owner)
 
         self._known[key] = weakref.ref(storage, die)
         self._alive.add(index)
@@ -171,11 +177,18 @@ class LiveStorages(TorchDispatchMode):
         self.storages.append(Storage(nbytes, self._phase, str(func), owner, by_engine, address, time.time_ns()))
 
     def _call(self, module: nn.Module, call: Callable[[], Any]) -> Any:
-        self._running.append(self._names.get(module) or type(module).__name__)
+        name = self._names.get(module) or type(module).__name__
+        self._place = _place_of(name)
+        self._running.append(name)
         try:
             return call()
         finally:
             self._running.pop()
+
+
+def _place_of(path: str) -> str:
+    parts = path.split(".")[:3]
+    return ".".join([*parts[:2], *("0" if part == "0" else "*" for part in parts[2:])])
 
 
 def _sole_owner_bytes(tensor: Tensor) -> int | None:

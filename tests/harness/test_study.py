@@ -52,7 +52,9 @@ def fault_of(text: str) -> str:
         (HEAD + "grid: {depth: []}\n", "x.yaml:3: grid.depth = []; it may not be empty."),
         (HEAD + "grid: {depth: 38}\n", "x.yaml:3: grid.depth = 38; a list is needed here. Write [38]."),
         (HEAD + "grid: {dept: [38]}\n", "x.yaml:3: grid.dept = [38]; 'dept' is no field of a trial; did you mean"),
-        (HEAD + "grid: {data: [a]}\n", "grid.data = [\"a\"]; data is the same for all trials. Move it to the section"),
+        (HEAD + "grid: {deepspeed: [a]}\n", "grid.deepspeed = [\"a\"]; deepspeed is the same for all trials. Move"),
+        (HEAD + "grid: {data: [a]}\n", "grid.data = [\"a\"]; what differs between trials is given field by field:"),
+        (HEAD + "grid: {image_size: [32]}\n", "'image_size' is no field of a trial; did you mean 'data.image_size' or"),
         (HEAD + "zip:\n- depth: [38, 62]\n  seed: [1]\n", "x.yaml:5: zip[0].seed = [1]; axes that move together are"),
         (HEAD + "zip: [{}]\n", "x.yaml:3: zip[0] = {}; it may not be empty."),
         # Values
@@ -73,6 +75,11 @@ def fault_of(text: str) -> str:
         (HEAD + "data: {image_size: 0}\n", "x.yaml:3: data.image_size = 0; an image size is at least 1."),
         (HEAD + "resources:\n  timeout_s: 0\n", "x.yaml:4: resources.timeout_s = 0; a timeout is more than 0"),
         (HEAD + "resources: {memory: 2GB}\n", "x.yaml:3: resources.memory = '2GB'; allowed: a number of bytes,"),
+        (HEAD + "grid:\n  data.image_size: [9, 0]\n", "x.yaml:4: grid.data.image_size[1] = 0; an image size is at"),
+        (HEAD + "fixed: {data.image_size: x}\n", "x.yaml:3: fixed.data.image_size = 'x'; it has to be a whole number."),
+        (HEAD + "grid: {data.name: ['']}\n", "x.yaml:3: grid.data.name[0] = ''; it may not be empty."),
+        (HEAD + "exclude: [{data.path: 3}]\n", "x.yaml:3: exclude[0].data.path = 3; it has to be text."),
+        (HEAD + "when: [{if: {data.nam: a}, grid: {seed: [1]}}]\n", "when[0].if.data.nam = 'a'; 'data.nam' is no"),
         (HEAD + "exclude: [{depth: 0}]\n", "x.yaml:3: exclude[0].depth = 0; a depth is at least 1."),
         (HEAD + "exclude: [{}]\n", "x.yaml:3: exclude[0] = {}; it may not be empty."),
         (HEAD + "when: [{if: {}, grid: {depth: [38]}}]\n", "x.yaml:3: when[0].if = {}; it may not be empty."),
@@ -84,6 +91,10 @@ def fault_of(text: str) -> str:
         (HEAD + "grid: {seed: [1]}\nwhen: [{if: {depth: 38}, grid: {seed: [2]}}]\n", "when[0].grid.seed = [2]; also"),
         (HEAD + "grid: {seed: [1, 2]}\nrepeats: 2\n", "x.yaml:3: grid.seed = [1, 2]; also given in repeats."),
         (HEAD + "fixed: {seed: 1}\nrepeats: 2\n", "x.yaml:3: fixed.seed = 1; also given in repeats."),
+        (
+            HEAD + "data: {image_size: 32}\nfixed:\n  data.image_size: 64\n",
+            "x.yaml:5: fixed.data.image_size = 64; also given in the section data. Keep one.",
+        ),
         (
             HEAD + "when:\n- if: {depth: 38}\n  grid: {seed: [1]}\n- if: {seed: 1}\n  grid: {depth: [38]}\n",
             "x.yaml:4: when[0].if.depth = 38; this `when` or a later one sets it, so it is not decided yet.",
@@ -171,11 +182,16 @@ STUDIES = st.fixed_dictionaries(
         "question": TEXTS,
         "predict": TEXTS,
         "data": st.fixed_dictionaries({"name": st.just("synthetic"), "image_size": st.integers(1, 64)}),
-        "grid": st.fixed_dictionaries({"depth": st.lists(st.integers(1, 99) | st.none(), min_size=1, max_size=3)}),
+        "grid": st.fixed_dictionaries(
+            {"depth": st.lists(st.integers(1, 99) | st.none(), min_size=1, max_size=3)},
+            optional={"data.image_size": st.lists(st.integers(1, 99), min_size=1, max_size=3)},
+        ),
         "zip": st.just([{"compute": ["fp32", "bf16"], "learning_rate": [0.1, 1]}]),
         "when": st.just([{"if": {"compute": "fp32"}, "grid": {"reconstruction": ["exact", "fp32"]}}]),
         "exclude": st.just([{"reconstruction": "fp32"}]),
-        "fixed": st.fixed_dictionaries({"learning_rate": st.floats(0, 1e6), "compute": st.just("fp32")}),
+        "fixed": st.fixed_dictionaries(
+            {"learning_rate": st.floats(0, 1e6), "compute": st.just("fp32")}, optional={"data.path": st.just("folder")}
+        ),
         "repeats": st.integers(1, 3),
         "resources": st.fixed_dictionaries({"memory": st.sampled_from(["1GiB", 5, None])}),
         "deepspeed": st.dictionaries(
@@ -211,7 +227,7 @@ def test_where_names_the_entry_that_a_value_comes_from() -> None:
     text = (
         "name: x\nmodel: revnet\ndata: {name: synthetic}\nfixed: {workers: 2}\ngrid:\n  depth:\n  - 38\n  - 62\n"
         "zip:\n- batch_size: [8,\n    16]\nwhen:\n- if: {depth: 38}\n  grid: {compute: [bf16]}\n"
-        "- if: {depth: 62}\n  grid: {compute: [bf16]}\n"
+        "- if: {depth: 62}\n  grid: {compute: [bf16]}\n- if: {batch_size: 8}\n  grid: {data.image_size: [64]}\n"
     )
     study = Study.from_yaml(text, "x.yaml")
     places = [
@@ -222,6 +238,7 @@ def test_where_names_the_entry_that_a_value_comes_from() -> None:
         ("batch_size", 16, "x.yaml:11: zip[0].batch_size[1]"),
         ("compute", "bf16", "x.yaml:14: when[0].grid.compute[0]"),
         ("zero_stage", 0, "x.yaml"),
+        ("data.image_size", 64, "x.yaml:18: when[2].grid.data.image_size[0]"),
     ]
     assert [study.where(key, value) for key, value, _ in places] == [place for *_, place in places]
     last = expand(study)[-1]
@@ -237,6 +254,12 @@ def test_where_names_the_entry_that_a_value_comes_from() -> None:
         ("name: x\nmodel: no_such_module:make\n", "x.yaml:2: model: cannot import the model 'no_such_module:make'"),
         (HEAD + "data:\n  name: cifar01\n", "x.yaml:4: data.name = 'cifar01'; "),
         (HEAD + "data:\n  path: nowhere\n", "x.yaml:4: data.path = "),
+        (HEAD + "grid:\n  data.image_size:\n  - 32\n  - 224\n", "x.yaml:6: grid.data.image_size[1] = 224; the "),
+        (HEAD + "fixed:\n  data.path: nowhere\n", "x.yaml:4: fixed.data.path = 'nowhere' does not exist"),
+        (
+            "name: x\nmodel: revnet\nzip:\n- data.image_size: [32, 224]\n  data.name: [cifar10,\n    imagenet]\n",
+            "x.yaml:6: zip[0].data.name[1] = 'imagenet'; ",
+        ),
     ],
 )
 def test_a_model_or_data_set_that_does_not_exist_is_told_at_its_place(text: str, message: str) -> None:

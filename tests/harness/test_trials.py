@@ -61,6 +61,22 @@ def test_the_id_of_a_known_spec_stays_what_it_is() -> None:
     assert TrialSpec(model="revnet", learning_rate=1).id == TrialSpec(model="revnet", learning_rate=1.0).id
 
 
+def test_the_id_does_not_depend_on_where_a_study_gives_the_data_set() -> None:
+    section = {"data": {"name": "synthetic", "image_size": 64}}
+    named = {"data.name": "synthetic", "data.image_size": 64}
+    listed = {key: [value] for key, value in named.items()}
+    places = [
+        section,
+        {"fixed": named},
+        {"grid": listed},
+        {"zip": [listed]},
+        {"when": [{"if": {"depth": 38}, "grid": listed}]},
+        section | {"data": {"name": "synthetic"}, "fixed": {"data.image_size": 64}},
+        {"data": {"name": "cifar10"}, "grid": listed},
+    ]
+    assert [[trial.id for trial in trials_of(**place)] for place in places] == [["30ed0cc6c19d"]] * len(places)
+
+
 def test_the_spec_has_the_keys_of_the_contract() -> None:
     assert TrialSpec(model="revnet").model_dump(mode="json") == {
         "model": "revnet", "depth": 38, "channels": None,
@@ -152,13 +168,25 @@ def test_how_long_one_is_willing_to_wait_does_not_change_the_id() -> None:
     assert patient.id == hasty.id
 
 
-GRID = {"depth": [38, 62], "activations": ["stored", "reconstructed"]}
+def test_the_data_set_can_differ_between_trials() -> None:
+    trials = trials_of(
+        grid={"depth": [38, 62]},
+        when=[
+            {"if": {"depth": 62}, "grid": {"data.image_size": [32, 64]}},
+            {"if": {"data.image_size": 64}, "grid": {"data.name": ["synthetic"]}},
+        ],
+    )
+    rows = [(trial.depth, trial.data.name, trial.data.image_size) for trial in trials]
+    assert rows == [(38, "cifar10", 32), (62, "cifar10", 32), (62, "synthetic", 64)]
+
+
+GRID = {"depth": [38, 62], "data.image_size": [32, 64], "activations": ["stored", "reconstructed"]}
 
 
 @given(condition=st.fixed_dictionaries({}, optional={key: st.sampled_from(GRID[key]) for key in GRID}).filter(bool))
 def test_exclude_drops_the_combinations_that_match_every_key(condition: dict[str, Any]) -> None:
     everything = trials_of(grid=GRID)
-    matching = [t for t in everything if all(getattr(t, key) == value for key, value in condition.items())]
+    matching = [t for t in everything if all(t.value(key) == value for key, value in condition.items())]
     assert matching
     assert trials_of(grid=GRID, exclude=[condition]) == [trial for trial in everything if trial not in matching]
 
@@ -167,9 +195,9 @@ def test_exclude_drops_the_combinations_that_match_every_key(condition: dict[str
 def test_when_multiplies_only_the_combinations_that_match_every_key(condition: dict[str, Any]) -> None:
     trials = trials_of(grid=GRID, when=[{"if": condition, "grid": {"reconstruction": ["fp64", "exact"]}}])
     for trial in trials:
-        matches = all(getattr(trial, key) == value for key, value in condition.items())
+        matches = all(trial.value(key) == value for key, value in condition.items())
         assert (trial.reconstruction in ("fp64", "exact")) == matches
-    assert len(trials) == 4 + 4 // 2 ** len(condition)
+    assert len(trials) == 8 + 8 // 2 ** len(condition)
 
 
 def test_a_when_may_follow_from_another_and_from_what_is_fixed() -> None:

@@ -30,6 +30,15 @@ def test_a_strategy_names_what_varies_and_nothing_else(make_run: Make, sweep: li
     }
 
 
+def test_trials_of_different_image_sizes_are_kept_apart(make_run: Make) -> None:
+    large = {"name": "synthetic", "path": None, "image_size": 64}
+    small, other = [trial(depth, depth=depth) for depth in (14, 38)], [trial(1, depth=26, data=large)]
+    frame = trials_frame(make_run([*small, *other]))
+    assert set(frame["strategy"]) == {"revnet · stored", "revnet · stored · 64 px"}
+    # One depth of its own has no line, and adds no point to another's.
+    assert list(depth_law(frame, "activation_peak_bytes")["strategy"]) == ["revnet · stored"]
+
+
 @pytest.mark.parametrize("metric", ["activation_peak_bytes", "activation_saved_bytes"])
 def test_a_planted_slope_is_found(make_run: Make, sweep: list[Record], metric: str) -> None:
     law = depth_law(trials_frame(make_run(sweep)), metric).set_index(["strategy", "batch_size"])

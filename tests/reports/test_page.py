@@ -101,3 +101,17 @@ def test_a_share_too_small_to_mean_anything_is_not_spelled_out(make_run: Make) -
     ]
     html = build_report(make_run([*flat, *(trial(10 + n, depth=depth) for n, depth in enumerate((14, 26, 38)))]))
     assert "The last is less than 0.1 % of the first." in html
+
+
+def test_a_trial_stands_beside_the_stored_one_of_its_own_image_size(make_run: Make) -> None:
+    records = []
+    for number, size in enumerate((32, 64)):
+        for activations, peak_mib in (("stored", 30), ("reconstructed", 10)):
+            data = {"name": "synthetic", "path": None, "image_size": size}
+            record = trial(2 * number + (activations == "stored"), activations=activations, data=data)
+            peak = {"activation_peak_bytes": peak_mib * size * 2**20}
+            records.append(record.model_copy(update={"metrics": record.metrics | peak}))
+    html = build_report(make_run(records))
+    assert "the peak is 320.0 MiB reconstructed and 960.0 MiB stored" in html
+    assert "the peak is 640.0 MiB reconstructed · 64 px and 1920.0 MiB stored" in html
+    assert "data.image size" in html
