@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from harness.study import Study
     from harness.trials import TrialSpec
 
+# A metric of the step that exports are of.
+EXPORTED_WITH = "attributed_peak_difference_bytes"
 DONE, FAILED, BAD_INPUT, INCOMPLETE = 0, 1, 2, 4
 
 
@@ -96,16 +98,23 @@ def run(
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many, spread over the strategies.")] = None,
     only: Annotated[str | None, typer.Option(help="Only the trials whose id begins so, done or not.")] = None,
     retry: Annotated[str | None, typer.Option(help="Also trials that ended so, e.g. failed,crashed,timeout.")] = None,
+    snapshot: Annotated[bool, typer.Option("--snapshot", help="One step's memory for pytorch.org/memory_viz.")] = False,
+    perfetto: Annotated[bool, typer.Option("--perfetto", help="One step's trace for ui.perfetto.dev.")] = False,
 ) -> None:
     """Run the trials of a study that are not done yet, then write the report."""
     from harness.planning import select_trials
     from harness.store import RunStore
 
+    exports = [name for name, asked in (("snapshot", snapshot), ("perfetto", perfetto)) if asked]
+    if exports and only is None:
+        raise HarnessError(
+            f"--{exports[0]}: a file for each trial. Name the trials with --only ID; the report has the ids."
+        )
     loaded, trials = _load(study)
     store = RunStore(out or _default_out(loaded))
     store.open_for(loaded.resolved(), [trial.id for trial in trials])
     selected = select_trials(trials, store, only=only, retry=retry, limit=limit)
-    interrupted = _run_selected(selected, len(trials), store, loaded.resources.timeout_s, address)
+    interrupted = _run_selected(selected, len(trials), store, loaded.resources.timeout_s, address, exports)
     report_path = _write_report(store)
     counts = Counter(record.status for record in store.read_records())
     left = len(trials) - len(store.finished_ids() & {trial.id for trial in trials})
@@ -119,6 +128,8 @@ def run(
         typer.echo(f"stopped; what is finished is kept. Go on with: {_again(study, out)}")
     elif left:
         typer.echo(f"{left} trials not run yet. Run them with: {_again(study, out)}")
+    for trial in selected if exports else ():
+        _say_what_was_exported(store, trial.id, exports)
     typer.echo(f"report: {report_path}")
     raise typer.Exit(INCOMPLETE if interrupted else FAILED if broken else DONE)
 
@@ -135,7 +146,12 @@ def report(run: RunArgument) -> None:
 
 
 def _run_selected(
-    selected: "list[TrialSpec]", planned: int, store: "RunStore", timeout_s: float, address: str | None
+    selected: "list[TrialSpec]",
+    planned: int,
+    store: "RunStore",
+    timeout_s: float,
+    address: str | None,
+    exports: list[str],
 ) -> bool:
     """Run them with a progress bar; returns whether somebody pressed Ctrl-C."""
     if not selected:
@@ -145,7 +161,7 @@ def _run_selected(
 
     try:
         with ray_session(address), SweepProgress(len(selected), planned) as progress:
-            for tick in run_trials(selected, store, timeout_s):
+            for tick in run_trials(selected, store, timeout_s, exports):
                 progress.update(tick)
     except KeyboardInterrupt:
         return True
@@ -177,6 +193,18 @@ def _default_out(study: "Study") -> str:
 
 def _again(study: str, out: str | None) -> str:
     return f"revnet run {study}" + (f" --out {out}" if out else "")
+
+
+def _say_what_was_exported(store: "RunStore", trial_id: str, exports: list[str]) -> None:
+    from harness.store import export_path
+
+    record = store.find_record(trial_id)
+    if record is not None and EXPORTED_WITH in record.metrics:
+        for export in exports:
+            typer.echo(f"{export}: {store.uri}/{export_path(trial_id, export)}")
+    else:
+        why = None if record is None else record.unmeasured.get(EXPORTED_WITH) or record.reason
+        typer.echo(f"{', '.join(exports)}: none of {trial_id}, {why or 'which was not run to its end'}")
 
 
 def _write_report(store: "RunStore") -> str:

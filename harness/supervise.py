@@ -12,10 +12,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from harness.exports import exports_environment
 from harness.ranks import signal_name
 from harness.record import Attempt, Record, Status, TraceRow
 from harness.store import RunStore
@@ -34,10 +36,13 @@ class Supervised(NamedTuple):
     record: Record
     trace: list[TraceRow]
     log: bytes
+    exports: dict[str, bytes]
 
 
-def supervise(spec: TrialSpec, timeout_s: float) -> Supervised:
+def supervise(spec: TrialSpec, timeout_s: float, exports: Collection[str] = ()) -> Supervised:
     """Start the trial, wait for it at most `timeout_s` seconds, and say what came of it.
+
+    exports  names of what it is to leave beside its record
 
     Whatever ends this call early (KeyboardInterrupt, say) ends the trial's processes too.
     """
@@ -51,7 +56,7 @@ def supervise(spec: TrialSpec, timeout_s: float) -> Supervised:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=_environment(spec),
+                env=_environment(spec) | exports_environment(exports),
                 start_new_session=True,
             )
             exit_code: int | None = None
@@ -79,7 +84,7 @@ def supervise(spec: TrialSpec, timeout_s: float) -> Supervised:
             node=socket.gethostname(),
             exit_code=exit_code,
         )
-        return Supervised(record.model_copy(update={"attempts": [attempt]}), trace, tail)
+        return Supervised(record.model_copy(update={"attempts": [attempt]}), trace, tail, store.read_exports(spec.id))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
