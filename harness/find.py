@@ -28,15 +28,25 @@ STEPS_DOWN = 4
 STEP_DOWN = Fraction(95, 100)
 
 
+# What a process on the CPU takes under its limit besides tensors: stacks of gloo's and DeepSpeed's threads (51 MiB),
+# buffers of the kernels' libraries (24 MiB) and of the profiler (20 MiB).
+CPU_PROCESS_BYTES = 96 * 2**20
+
+
 class Limit(NamedTuple):
-    """What a step has to fit into, and what a prediction, which knows no gaps between allocations, leaves free."""
+    """What a step has to fit into, and how much of it predictions leave free.
+
+    headroom       a share of it, for the gaps that allocators leave
+    process_bytes  what counts against it and is no tensor
+    """
 
     memory_bytes: int
     headroom: Fraction
+    process_bytes: int = 0
 
     @property
     def budget_bytes(self) -> int:
-        return int(self.memory_bytes * (1 - self.headroom))
+        return int(self.memory_bytes * (1 - self.headroom)) - self.process_bytes
 
 
 class Cell(NamedTuple):
@@ -143,6 +153,11 @@ def memory_of(trial: TrialSpec) -> int:
             "2GiB, say, or resources.memory in the study."
         )
     return torch.cuda.get_device_properties(0).total_memory
+
+
+def process_bytes(trial: TrialSpec) -> int:
+    """What the trial's process needs of its limit besides tensors. On CUDA, where the limit is the allocator's: 0."""
+    return CPU_PROCESS_BYTES if device_of(trial).kind == "cpu" else 0
 
 
 def at_smallest(trial: TrialSpec, axis: Axis) -> TrialSpec:

@@ -35,9 +35,10 @@ def print_found(searches: Sequence[Search], store: RunStore, limit: Limit) -> No
         own = [str(search.cell.base.value(name)) for name in varying]
         table.add_row(*own, *_figures(search, store), f"{limit.memory_bytes / MIB:.1f}", _in_words(search, store))
     console.print(table)
+    besides = f" and {in_words(limit.process_bytes)} that its process holds besides tensors" * bool(limit.process_bytes)
     console.print(
-        f"A value is searched for whose predicted total is at most {in_words(limit.budget_bytes)}: "
-        f"{in_words(limit.memory_bytes)} less {float(100 * limit.headroom):g} % headroom.",
+        f"The largest {axis} whose predicted total is at most {max(0, limit.budget_bytes) / MIB:.1f} MiB: "
+        f"{in_words(limit.memory_bytes)} less {float(100 * limit.headroom):g} % headroom{besides}.",
         highlight=False,
     )
 

@@ -4,6 +4,7 @@ study.yaml            the resolved study; can be run again as it is
 plan.json             the ids of the study's trials and the hash of them; of a search, what it asks and those it came to
 trials/<id>.json      one finished trial
 traces/<id>.parquet   its long tables (.json where pyarrow is not installed)
+exports/<id>.*        one step's memory for other people's viewers, where it was asked for (see harness.exports)
 logs/<id>.log         what its process printed
 report.html
 """
@@ -14,7 +15,7 @@ import json
 import os
 import posixpath
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from harness.errors import StoreError
+from harness.exports import EXPORTS
 from harness.record import Record, TraceRow, trace_columns
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ REPORT = "report.html"
 
 class RunStore:
     """A run directory. Every write is whole or absent; a record is written last, so that a trial with a
-    record has its trace and log too."""
+    record has its trace, log and exports too."""
 
     def __init__(self, uri: str | Path) -> None:
         text = str(uri)
@@ -132,13 +134,21 @@ class RunStore:
         """Every finished trial, by id. Raises RecordError for a record of an unknown schema version."""
         return [self.read_record(trial_id) for trial_id in sorted(self.finished_ids())]
 
-    def write_trial(self, record: Record, trace: Sequence[TraceRow] = (), log: bytes | None = None) -> None:
-        """Write a finished trial: trace and log first, the record last."""
+    def write_trial(
+        self,
+        record: Record,
+        trace: Sequence[TraceRow] = (),
+        log: bytes | None = None,
+        exports: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """Write a finished trial: trace, log and exports (by name) first, the record last."""
         if log is not None:
             self._write(f"logs/{record.id}.log", log)
         if trace:
             name, data = _encode_trace(trace)
             self._write(f"traces/{record.id}.{name}", data)
+        for export, data in (exports or {}).items():
+            self._write(export_path(record.id, export), data)
         self._write(f"trials/{record.id}.json", record.to_json().encode())
 
     def read_trace(self, trial_id: str) -> "pyarrow.Table | None":
@@ -162,6 +172,11 @@ class RunStore:
         else:
             return []
         return [TraceRow(*row) for row in zip(*(columns[name] for name in TraceRow._fields), strict=True)]
+
+    def read_exports(self, trial_id: str) -> dict[str, bytes]:
+        """The trial's exports by name, as bytes for others; nothing here looks into them."""
+        found = {name: self._read(export_path(trial_id, name)) for name in EXPORTS}
+        return {name: data for name, data in found.items() if data is not None}
 
     def read_log(self, trial_id: str) -> str | None:
         data = self._read(f"logs/{trial_id}.log")
@@ -204,6 +219,11 @@ class RunStore:
         finally:
             if os.path.exists(part):
                 os.unlink(part)
+
+
+def export_path(trial_id: str, export: str) -> str:
+    """Where an export lies within a run directory."""
+    return f"exports/{trial_id}.{EXPORTS[export]}"
 
 
 def plan_hash(trial_ids: Iterable[str]) -> str:

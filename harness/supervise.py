@@ -12,10 +12,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from harness.exports import exports_environment
 from harness.ranks import signal_name
 from harness.record import Attempt, Record, Status, TraceRow
 from harness.store import RunStore
@@ -31,10 +33,13 @@ class Supervised(NamedTuple):
     record: Record
     trace: list[TraceRow]
     log: bytes
+    exports: dict[str, bytes]
 
 
-def supervise(spec: TrialSpec, timeout_s: float) -> Supervised:
+def supervise(spec: TrialSpec, timeout_s: float, exports: Collection[str] = ()) -> Supervised:
     """Start the trial, wait for it at most `timeout_s` seconds, and say what came of it.
+
+    exports  names of what it is to leave beside its record
 
     Whatever ends this call early (KeyboardInterrupt, say) ends the trial's processes too.
     """
@@ -48,7 +53,7 @@ def supervise(spec: TrialSpec, timeout_s: float) -> Supervised:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=_environment(spec),
+                env=_environment(spec) | exports_environment(exports),
                 start_new_session=True,
             )
             exit_code: int | None = None
@@ -76,7 +81,7 @@ def supervise(spec: TrialSpec, timeout_s: float) -> Supervised:
             node=socket.gethostname(),
             exit_code=exit_code,
         )
-        return Supervised(record.model_copy(update={"attempts": [attempt]}), trace, tail)
+        return Supervised(record.model_copy(update={"attempts": [attempt]}), trace, tail, store.read_exports(spec.id))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -93,6 +98,10 @@ def _environment(spec: TrialSpec) -> dict[str, str]:
     threads = str(spec.resources.cpus_per_worker)
     # Threads that wait by spinning make a step up to ten times longer where another process shares their cores.
     unless_set = {"OMP_WAIT_POLICY": "PASSIVE"}
+    if spec.resources.memory_bytes is not None:
+        # A limit counts what the process holds, and glibc keeps freed tensors of up to 32 MiB unless its threshold, here
+        # the one that it starts with, is fixed.
+        unless_set |= {"MALLOC_MMAP_THRESHOLD_": str(128 * 2**10), "MALLOC_TRIM_THRESHOLD_": str(128 * 2**10)}
     return {
         **unless_set,
         **os.environ,

@@ -53,6 +53,16 @@ def test_a_plan_lists_every_trial_and_starts_nothing(revnet: Command, tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plan_says_what_does_not_fit(revnet: Command, tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(STUDY)
+    done = revnet("plan", "study.yaml", "--memory", "1MiB", "--device", "cuda")
+    assert done.returncode == 0, done.stderr
+    assert "1 predicted not to fit" in done.stdout
+    wrong = revnet("plan", "study.yaml", "--memory", "80GB")
+    assert wrong.returncode == 2
+    assert "write 80GiB" in wrong.stderr
+
+
 def test_a_run_directory_of_another_study_is_refused(revnet: Command, tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text(STUDY)
     (tmp_path / "run").mkdir()
