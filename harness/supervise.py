@@ -99,8 +99,8 @@ def _environment(spec: TrialSpec) -> dict[str, str]:
     # Threads that wait by spinning make a step up to ten times longer where another process shares their cores.
     unless_set = {"OMP_WAIT_POLICY": "PASSIVE"}
     if spec.resources.memory_bytes is not None:
-        # A limit counts what the process holds, and glibc keeps freed tensors of up to 32 MiB unless its threshold, here
-        # the one that it starts with, is fixed.
+        # A limit counts what the process holds, and glibc comes to keep freed tensors of up to 32 MiB, unless its
+        # threshold is fixed: here at the value that it starts with.
         unless_set |= {"MALLOC_MMAP_THRESHOLD_": str(128 * 2**10), "MALLOC_TRIM_THRESHOLD_": str(128 * 2**10)}
     return {
         **unless_set,
