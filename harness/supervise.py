@@ -30,6 +30,9 @@ STACKS_S = 1.0
 # glibc gives memory back and takes it again, page by page, in each step. Kept, as CUDA's caching allocator keeps it, a
 # step has no page faults. 32 MiB is the most that glibc takes for the size from which it maps each block anew.
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "33554432"}
+# For a trial under a limit, which counts what the process holds: glibc would come to keep freed tensors of up to 32 MiB
+# if its thresholds were not fixed, here at the values that they start with.
+GIVE_BACK_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}
 
 
 class Supervised(NamedTuple):
@@ -101,9 +104,7 @@ def _environment(spec: TrialSpec) -> dict[str, str]:
     threads = str(spec.resources.cpus_per_worker)
     # Threads that wait by spinning make a step up to ten times longer where another process shares their cores.
     unless_set = {"OMP_WAIT_POLICY": "PASSIVE"}
-    if spec.resources.memory_bytes is None:
-        # A limit counts what the process keeps, so a trial that has one gives back what it can.
-        unless_set |= KEEP_MEMORY
+    unless_set |= KEEP_MEMORY if spec.resources.memory_bytes is None else GIVE_BACK_MEMORY
     return {
         **unless_set,
         **os.environ,
