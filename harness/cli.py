@@ -180,8 +180,10 @@ def _again(study: str, out: str | None) -> str:
 
 
 def _write_report(store: "RunStore") -> str:
+    from reports.frames import laws, trials_frame
     from reports.page import build_report
 
+    store.write_laws(laws(trials_frame(store)).to_csv(index=False))
     return store.write_report(build_report(store))
 
 
