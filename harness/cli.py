@@ -302,8 +302,10 @@ def _say_what_was_exported(store: "RunStore", trial_id: str, exports: list[str])
 
 
 def _write_report(store: "RunStore") -> str:
+    from reports.frames import laws, trials_frame
     from reports.page import build_report
 
+    store.write_laws(laws(trials_frame(store)).to_csv(index=False))
     return store.write_report(build_report(store))
 
 

@@ -7,6 +7,7 @@ traces/<id>.parquet   its long tables (.json where pyarrow is not installed)
 exports/<id>.*        one step's memory for other people's viewers, where it was asked for (see harness.exports)
 logs/<id>.log         what its process printed
 report.html
+laws.csv              the lines that the report fits, one row a line
 """
 
 import hashlib
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 REPORT = "report.html"
+LAWS = "laws.csv"
 
 
 class RunStore:
@@ -186,6 +188,11 @@ class RunStore:
         """Write report.html and return where it lies."""
         self._write(REPORT, html.encode())
         return f"{self.uri}/{REPORT}"
+
+    def write_laws(self, csv: str) -> str:
+        """Write laws.csv and return where it lies."""
+        self._write(LAWS, csv.encode())
+        return f"{self.uri}/{LAWS}"
 
     # Files
 

@@ -8,7 +8,8 @@ import plotly.graph_objects as go
 from plotly.colors import qualitative
 from plotly.subplots import make_subplots
 
-from reports.frames import CELL, depth_law
+from reports.frames import CELL, depth_law, step_bars
+from reports.predictions import COMPARED, compared, prediction_name
 
 MIB = 2**20
 # Told apart without colour too: by marker and dash.
@@ -75,21 +76,18 @@ def time_against_memory(frame: pd.DataFrame) -> go.Figure | None:
     figure.add_scatter(x=xs, y=ys, mode="lines", line={"color": "#bbb", "width": 1}, hoverinfo="skip", showlegend=False)
     for strategy, (color, marker, _) in _styles(frame).items():
         rows = usable[usable["strategy"] == strategy]
-        spread = {}
-        if {"step_q1_s", "step_q3_s"} <= set(rows):
-            middle = rows["step_median_s"]
-            spread = {
-                "type": "data",
-                "symmetric": False,
-                "array": (rows["step_q3_s"] - middle) * 1e3,
-                "arrayminus": (middle - rows["step_q1_s"]) * 1e3,
-                "thickness": 1,
-                "width": 2,
-            }
+        bars, middle = step_bars(rows), rows["step_median_s"]
         figure.add_scatter(
             x=rows["activation_peak_bytes"] / MIB,
             y=rows["step_median_s"] * 1e3,
-            error_y=spread or None,
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": (bars["high_s"] - middle) * 1e3,
+                "arrayminus": (middle - bars["low_s"]) * 1e3,
+                "thickness": 1,
+                "width": 2,
+            },
             mode="markers",
             name=strategy,
             marker={"color": color, "symbol": marker, "size": 9, "line": {"width": 1, "color": "#333"}},
@@ -99,6 +97,47 @@ def time_against_memory(frame: pd.DataFrame) -> go.Figure | None:
     figure.update_xaxes(title_text="activation peak (MiB)", rangemode="tozero")
     figure.update_yaxes(title_text="step time, median (ms)", rangemode="tozero")
     return _dressed(figure, "Median step time in ms against activation peak in MiB, by strategy")
+
+
+def predicted_against_measured(frame: pd.DataFrame) -> go.Figure | None:
+    """Predicted against measured MiB of saved activations and of the peak, one panel each, with the line where they are
+    equal. None when no trial has both."""
+    tables = {metric: rows for metric in COMPARED if len(rows := compared(frame, metric))}
+    if not tables:
+        return None
+    titles = [COMPARED[metric] for metric in tables]
+    figure = make_subplots(cols=len(tables), horizontal_spacing=0.08, subplot_titles=titles)
+    for column, (metric, rows) in enumerate(tables.items(), start=1):
+        measured_mib, predicted_mib = rows[metric] / MIB, rows[prediction_name(metric)] / MIB
+        end_mib = 1.05 * max(measured_mib.max(), predicted_mib.max())
+        figure.add_scatter(
+            x=[0, end_mib], y=[0, end_mib], mode="lines", name="predicted = measured", legendgroup="equal",
+            line={"color": "#888", "width": 1}, hoverinfo="skip", showlegend=column == 1, row=1, col=column,
+        )  # fmt: skip
+        for strategy, (color, marker, _) in _styles(frame).items():
+            own = rows["strategy"] == strategy
+            if not own.any():
+                continue
+            figure.add_scatter(
+                x=measured_mib[own],
+                y=predicted_mib[own],
+                mode="markers",
+                name=strategy,
+                legendgroup=strategy,
+                showlegend=column == 1,
+                marker={"color": color, "symbol": marker, "size": 9, "line": {"width": 1, "color": "#333"}},
+                text=[
+                    f"depth {row.depth}, batch {row.batch_size}: predicted / measured = {row.ratio:.4f}"
+                    for row in rows[own].itertuples()
+                ],
+                hovertemplate="%{text}<br>%{x:.2f} MiB measured, %{y:.2f} MiB predicted<extra>%{fullData.name}</extra>",
+                row=1,
+                col=column,
+            )
+        figure.update_xaxes(title_text="measured (MiB)", rangemode="tozero", row=1, col=column)
+        figure.update_yaxes(title_text="predicted (MiB)", rangemode="tozero", row=1, col=column)
+    description = f"Predicted against measured MiB of {' and '.join(titles)}, by strategy"
+    return _dressed(figure, description).update_layout(height=400)
 
 
 def drift_by_block(frame: pd.DataFrame, traces: pd.DataFrame) -> go.Figure | None:

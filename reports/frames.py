@@ -2,18 +2,39 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
+from scipy.stats import linregress, t
 
 from harness.store import RunStore
 
 # What makes two trials the same but for what becomes of the activations.
-CELL = ("model", "depth", "data.name", "data.image_size", "batch_size", "compute", "zero_stage", "workers", "seed")
+CELL = (
+    *("model", "channels", "depth", "data.name", "data.image_size", "batch_size"),
+    *("compute", "zero_stage", "workers", "seed"),
+)
 
 # Strategy: what a reader compares. Model and activations always, the others where they differ within the run.
-_USUAL = {"compute": "fp32", "reconstruction": "fp32", "zero_stage": 0, "workers": 1, "data.image_size": 32}
-_SPELLED = {"zero_stage": "ZeRO-{}", "workers": "ranks {}", "data.image_size": "{} px"}
+_USUAL = {
+    "channels": None,
+    "compute": "fp32",
+    "reconstruction": "fp32",
+    "zero_stage": 0,
+    "workers": 1,
+    "data.name": "cifar10",
+    "data.image_size": 32,
+}
+_SPELLED = {"channels": "channels {}", "zero_stage": "ZeRO-{}", "workers": "ranks {}", "data.image_size": "{} px"}
+
+# The metrics that have a law of depth, each with what was predicted of it.
+LAW_METRICS = (
+    *("activation_peak_bytes", "predicted_activation_peak_bytes"),
+    *("activation_saved_bytes", "predicted_activation_saved_bytes"),
+)
+CONFIDENCE = 0.95
+# Of fewer depths all points are on the line, whatever memory does between them.
+INTERVAL_DEPTHS = 3
 
 
 def trials_frame(store: RunStore) -> pd.DataFrame:
@@ -58,14 +79,47 @@ def missing_ids(store: RunStore) -> list[str]:
     return [trial_id for trial_id in plan["trials"] if trial_id not in finished] if plan else []
 
 
-def depth_law(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Least-squares line of `metric` (bytes) against `blocks`, for each strategy and batch size.
+def step_bars(frame: pd.DataFrame) -> pd.DataFrame:
+    """The ends of the bar around each trial's median step, `low_s` and `high_s`, and whether they are `of_median`: the
+    interval of the median where the record has one, else the quartiles of the steps. NaN where it has neither."""
+    ends = frame.reindex(columns=["step_median_low_s", "step_median_high_s", "step_q1_s", "step_q3_s"]).astype(float)
+    of_median = ends["step_median_low_s"].notna() & ends["step_median_high_s"].notna()
+    return pd.DataFrame(
+        {
+            "low_s": ends["step_median_low_s"].where(of_median, ends["step_q1_s"]),
+            "high_s": ends["step_median_high_s"].where(of_median, ends["step_q3_s"]),
+            "of_median": of_median,
+        }
+    )
 
-    Columns: model, strategy, batch_size, slope_bytes (per block), intercept_bytes, and low_bytes and high_bytes: the
-    least and the greatest slope between neighbouring depths, which show how straight the line is (NaN with two
-    depths, which are always in line). No row where there is one depth only.
+
+class Law(NamedTuple):
+    """A least-squares line; the names are the columns of `depth_law`. `slope` is per block.
+
+    slope_low_bytes, slope_high_bytes  its 95 % confidence interval by Student's t with depths - 2 degrees of freedom
+    depths                             the number of points
+    residual_bytes                     how far the farthest point is off the line; not r squared, which is 0 for the
+                                       straightest of flat lines
     """
-    columns = ["model", "strategy", "batch_size", "slope_bytes", "intercept_bytes", "low_bytes", "high_bytes"]
+
+    slope_bytes: float
+    slope_low_bytes: float
+    slope_high_bytes: float
+    intercept_bytes: float
+    depths: int
+    residual_bytes: float
+
+
+def depth_law(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Least-squares line of `metric` (bytes) against `blocks`: columns model, strategy, batch_size and those of Law.
+
+    A row for each strategy, which names all that differs within the run, and batch size; none where there is one depth
+    only. Repeats of one depth are one point, their median. Memory is deterministic: what a point is off the line is
+    structure (a stage that begins, a kernel's scratch) and not noise. The interval treats it as noise all the same, and
+    so says how far the slope hangs on which depths were measured; `residual_bytes` says whether it is a line at all.
+    Both are NaN with two depths, which are always in line.
+    """
+    columns = ["model", "strategy", "batch_size", *Law._fields]
     if metric not in frame or "blocks" not in frame:
         return pd.DataFrame(columns=columns)
     rows = []
@@ -77,15 +131,33 @@ def depth_law(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float, float]:
-    """Slope and intercept of the least-squares line, and the least and greatest slope between neighbours in x
-    (NaN with two points). x ascending, at least two values."""
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    spread = sum((a - mean_x) ** 2 for a in x)
-    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread
-    steps = [(y[i + 1] - y[i]) / (x[i + 1] - x[i]) for i in range(len(x) - 1)]
-    low, high = (min(steps), max(steps)) if len(steps) > 1 else (math.nan, math.nan)
-    return slope, mean_y - slope * mean_x, low, high
+def laws(frame: pd.DataFrame) -> pd.DataFrame:
+    """The lines of all of LAW_METRICS in one table: columns model, strategy, batch_size, metric and those of Law."""
+    parts = [depth_law(frame, metric).assign(metric=metric) for metric in LAW_METRICS]
+    filled = [part for part in parts if len(part)]
+    table = pd.concat(filled or parts[:1], ignore_index=True)
+    return table[["model", "strategy", "batch_size", "metric", *Law._fields]]
+
+
+def fit_line(x: Sequence[float], y: Sequence[float]) -> Law:
+    """The line through at least two points; x ascending, y bytes."""
+    steps = [(y[i + 1] - y[i], x[i + 1] - x[i]) for i in range(len(x) - 1)]
+    rise, run = steps[0]
+    if all(other_rise * run == rise * other_run for other_rise, other_run in steps):
+        # Exactly in line; a fit would leave what it rounds as residuals.
+        slope, intercept, margin, residual = rise / run, y[0] - x[0] * rise / run, 0.0, 0.0
+    else:
+        fitted: Any = linregress(x, y)
+        slope, intercept = float(fitted.slope), float(fitted.intercept)
+        off = [b - intercept - slope * a for a, b in zip(x, y, strict=True)]
+        residual = max(map(abs, off))
+        # Not fitted.stderr: it is taken from 1 - r squared, which rounds to 0 for points a few bytes off a steep line.
+        middle = sum(x) / len(x)
+        stderr = math.sqrt(sum(o * o for o in off) / (len(x) - 2) / sum((a - middle) ** 2 for a in x))
+        margin = stderr * float(t.ppf((1 + CONFIDENCE) / 2, len(x) - 2))
+    if len(x) < INTERVAL_DEPTHS:
+        margin = residual = math.nan
+    return Law(slope, slope - margin, slope + margin, intercept, len(x), residual)
 
 
 def _flat(spec: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -94,7 +166,8 @@ def _flat(spec: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
+            # A list is no key to group by.
+            flat[prefix + key] = str(value) if isinstance(value, list) else value
     return flat
 
 
@@ -106,7 +179,10 @@ def _strategies(frame: pd.DataFrame) -> pd.Series:
         budget = (pd.to_numeric(frame["budget_bytes"]) / 2**20).map("{:g} MiB".format)
         names = names.where(frame["budget_bytes"].isna(), names + " · " + budget)
     for field, usual in _USUAL.items():
-        if field in frame and frame[field].nunique() > 1:
-            spelled = frame[field].map(_SPELLED.get(field, "{}").format)
-            names = names.where(frame[field] == usual, names + " · " + spelled)
+        if field not in frame:
+            continue
+        values = frame[field].where(frame[field].notna(), usual)
+        if values.nunique(dropna=False) > 1:
+            spelled = values.map(_SPELLED.get(field, "{}").format)
+            names = names.where(values.isna() | (values == usual), names + " · " + spelled)
     return names

@@ -1,12 +1,10 @@
 """Figures and a table to one HTML file that opens from disk, without a network."""
 
-import json
-import math
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jinja2
 import pandas as pd
@@ -15,47 +13,13 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from harness.record import Record
-from harness.store import RunStore
-from reports import figures, verdict
-from reports.frames import missing_ids, trace_frame, trials_frame
+from harness.store import LAWS, RunStore
+from reports import figures, predictions, verdict
+from reports.frames import laws, missing_ids, trace_frame, trials_frame
+from reports.summary import headings_of, summary
+from reports.table import SYMBOLS, trials_table
 
 TEMPLATES = Path(__file__).parent / "templates"
-SYMBOLS = {"ok": "✓", "oom": "✗", "diverged": "∞", "unsupported": "–", "timeout": "…", "crashed": "!", "failed": "!"}
-MIB = 2**20
-
-
-class Column(NamedTuple):
-    """A column of the table: the frame's name, the heading with its unit, and how a number is shown."""
-
-    name: str
-    heading: str
-    show: Callable[[float], str]
-
-
-def _mib(value: float) -> str:
-    return f"{value / MIB:.2f}"
-
-
-def _small(value: float) -> str:
-    return "0" if value == 0 else f"{value:.2e}"
-
-
-METRIC_COLUMNS = (
-    Column("activation_peak_bytes", "activation peak (MiB)", _mib),
-    Column("activation_saved_bytes", "saved activations (MiB)", _mib),
-    Column("step_median_s", "step (ms)", lambda value: f"{value * 1e3:.0f}"),
-    Column("samples_per_s", "samples/s", lambda value: f"{value:.1f}"),
-    Column("drift_max_rel", "largest relative drift", _small),
-    Column("gradient_angle_deg", "gradient angle (°)", _small),
-    Column("gradient_reference_angle_deg", "angle to float64 (°)", _small),
-    Column("loss_last", "last loss", lambda value: f"{value:.4f}"),
-    Column("parameter_count", "parameters", lambda value: f"{value:,.0f}"),
-    Column("blocks", "blocks", lambda value: f"{value:.0f}"),
-)
-SPEC_COLUMNS = (
-    *("model", "depth", "channels", "data.name", "data.image_size", "batch_size", "activations", "budget_bytes"),
-    *("compute", "reconstruction", "zero_stage", "workers", "seed"),
-)
 
 
 class Section(NamedTuple):
@@ -74,6 +38,7 @@ def build_report(store: RunStore) -> str:
     missing = missing_ids(store)
     records = store.read_records()
     study = store.read_study() or {}
+    summary_rows = summary(frame) if len(frame) else []
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
@@ -84,13 +49,16 @@ def build_report(store: RunStore) -> str:
         status=verdict.status_sentence(frame, len(missing)),
         trouble=verdict.trouble_sentence(frame),
         answers=_answers(frame),
-        summary=verdict.summary(frame) if len(frame) else [],
+        summary=summary_rows,
+        summary_headings=headings_of(summary_rows),
+        laws=LAWS if len(laws(frame)) else None,
         missing=missing,
         unmeasured=[record for record in records if record.status != "ok"],
         symbols=SYMBOLS,
         sections=_sections(store, frame),
         origins=_origins(records),
-        table=_table(frame, records),
+        table=trials_table(frame, records),
+        step_bars=verdict.bars_sentence(frame),
         command=f"revnet run {store.uri}/study.yaml --out {store.uri}",
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         harness_version=version("revnet-harness"),
@@ -115,12 +83,16 @@ def _sections(store: RunStore, frame: pd.DataFrame) -> list[Section]:
     measured = frame[frame["status"] == "ok"] if len(frame) else frame
     traces = trace_frame(store, list(measured["id"]), "drift")
     peak, saved = "activation_peak_bytes", "activation_saved_bytes"
-    return [
+    bars = verdict.bars_sentence(frame)
+    sections = [
         _section(
             "peak",
             "Activation peak against depth",
             lambda: figures.memory_against_depth(frame, peak, "activation peak"),
-            lambda: verdict.growth_sentences(frame, peak, "growth of the activation peak"),
+            lambda: [
+                *verdict.growth_sentences(frame, peak, "growth of the activation peak"),
+                *verdict.line_sentences(frame, peak),
+            ],
             "Activation peak: the highest rise of live bytes above the level at the start of a step, with parameters, "
             "gradients, optimizer state and the batch allocated before it; so activations, reconstruction buffers and "
             "temporaries. Under ZeRO 1 to 3 also the engine's buckets of reduced gradients. Lines: least squares per "
@@ -131,7 +103,10 @@ def _sections(store: RunStore, frame: pd.DataFrame) -> list[Section]:
             "saved",
             "Saved activations against depth",
             lambda: figures.memory_against_depth(frame, saved, "saved activations"),
-            lambda: verdict.growth_sentences(frame, saved, "growth of the saved activations"),
+            lambda: [
+                *verdict.growth_sentences(frame, saved, "growth of the saved activations"),
+                *verdict.line_sentences(frame, saved),
+            ],
             "Saved activations: bytes alive between forward and backward, above the level at the start of the step.",
         ),
         _section(
@@ -139,8 +114,9 @@ def _sections(store: RunStore, frame: pd.DataFrame) -> list[Section]:
             "Time against memory",
             lambda: figures.time_against_memory(frame),
             lambda: verdict.time_sentences(frame),
-            "Step time: forward, backward and optimizer, from idle device to idle device, warm-up thrown away; median, "
-            "bars are quartiles. A thin line joins the stored trial to the others of the same network and batch.",
+            "Step time: forward, backward and optimizer, from idle device to idle device, warm-up thrown away; median. "
+            + (f"Bars: {bars}. " if bars else "")
+            + "A thin line joins the stored trial to the others of the same network and batch.",
         ),
         _section(
             "drift",
@@ -152,6 +128,20 @@ def _sections(store: RunStore, frame: pd.DataFrame) -> list[Section]:
             "activations and the one with stored, same weights, batch and precision.",
         ),
     ]
+    if predictions.is_mentioned(frame):
+        sections.insert(2, _prediction_section(frame))
+    return sections
+
+
+def _prediction_section(frame: pd.DataFrame) -> Section:
+    anchor, title = "predicted", "Predicted against measured"
+    definition = (
+        "Predicted: the same step on tensors without contents, before it runs, as revnet plan shows it. Off by: "
+        "predicted over measured, less one; with + more was predicted. On the line both are equal."
+    )
+    figure = figures.predicted_against_measured(frame)
+    findings = predictions.prediction_sentences(frame) or ["Not drawn: no trial has finished."]
+    return Section(anchor, title, findings, definition, None if figure is None else _figure_html(figure, anchor))
 
 
 def _section(
@@ -206,43 +196,3 @@ def _origins(records: list[Record]) -> list[tuple[str, str]]:
         if record.git:
             note("commit", record.git["commit"][:12] + (" and uncommitted changes" if record.git["dirty"] else ""))
     return [(key, " / ".join(values)) for key, values in facts.items()]
-
-
-def _table(frame: pd.DataFrame, records: list[Record]) -> dict[str, Any]:
-    by_id = {record.id: record for record in records}
-    spec = [name for name in SPEC_COLUMNS if name in frame]
-    rows = []
-    for row in frame.to_dict("records"):
-        record = by_id[row["id"]]
-        rows.append(
-            {
-                "id": record.id,
-                "status": record.status,
-                "symbol": SYMBOLS[record.status],
-                "attempts": len(record.attempts),
-                "spec": [_mib_or_dash(row[name]) if name == "budget_bytes" else _plain(row[name]) for name in spec],
-                "metrics": [_cell(column, record) for column in METRIC_COLUMNS],
-            }
-        )
-    return {
-        "spec": ["budget (MiB)" if name == "budget_bytes" else name.replace("_", " ") for name in spec],
-        "metrics": [c.heading for c in METRIC_COLUMNS],
-        "rows": rows,
-    }
-
-
-def _cell(column: Column, record: Record) -> dict[str, Any]:
-    value = record.metrics.get(column.name)
-    if value is None:
-        return {"text": "n/a", "sort": "", "why": record.unmeasured.get(column.name) or record.reason or "not recorded"}
-    return {"text": column.show(value), "sort": json.dumps(value), "why": ""}
-
-
-def _mib_or_dash(value: float | None) -> str:
-    return "–" if value is None or math.isnan(value) else f"{value / MIB:g}"
-
-
-def _plain(value: object) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "–"
-    return f"{value:g}" if isinstance(value, float) else str(value)

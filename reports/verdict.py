@@ -1,13 +1,13 @@
 """What the figures say, in generated sentences with numbers."""
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import pandas as pd
 
 from harness.record import RESULT_STATUSES, STATUSES
-from reports.frames import CELL, depth_law
+from reports.frames import INTERVAL_DEPTHS, depth_law, step_bars
+from reports.pairs import pairs, without_model
+from reports.summary import at_depth, slope_text
 
 MIB = 2**20
 
@@ -39,25 +39,36 @@ def growth_sentences(frame: pd.DataFrame, metric: str, label: str) -> list[str]:
     return sentences
 
 
-def slope_text(row: pd.Series, *, spread: bool = False) -> str:
-    """`3.21 MiB`, and with `spread` ` (3.18 to 3.24)` between neighbouring depths."""
-    slope, low, high = (row[name] / MIB for name in ("slope_bytes", "low_bytes", "high_bytes"))
-    digits = 3 if abs(slope) < 1 else 2
-    between = "" if math.isnan(low) or not spread else f" ({low:.{digits}f} to {high:.{digits}f})"
-    return f"{slope:.{digits}f}{between}" if spread else f"{slope:.{digits}f} MiB"
+def line_sentences(frame: pd.DataFrame, metric: str) -> list[str]:
+    """How far the points are off their lines: one sentence, none where there is no line."""
+    law = depth_law(frame, metric)
+    if law.empty:
+        return []
+    tested = law.dropna(subset=["residual_bytes"])
+    if tested.empty:
+        return [f"Two depths are always in line; {INTERVAL_DEPTHS} would show whether it is one."]
+    worst = tested.sort_values("residual_bytes").iloc[-1]
+    if worst["residual_bytes"] == 0:
+        return ["Every point is on its line to the byte."]
+    bytes_off = worst["residual_bytes"]
+    off = f"{bytes_off / MIB:.2f} MiB" if bytes_off >= 0.005 * MIB else f"{bytes_off:.0f} bytes"
+    return [
+        f"The point farthest off its line: {off} ({worst['strategy']}, batch {worst['batch_size']}, "
+        f"{worst['depths']} depths)."
+    ]
 
 
 def saving_sentences(frame: pd.DataFrame) -> list[str]:
     """At the greatest depth and batch size of each model: the peak when reconstructed beside that when stored."""
     sentences = []
-    for pair in _pairs(frame, "activation_peak_bytes"):
+    for pair in pairs(frame, "activation_peak_bytes"):
         if "reconstructed" not in pair.name:
             continue
         row = pair.table.sort_values(["depth", "batch_size"]).iloc[-1]
         stored, other = row["activation_peak_bytes_stored"] / MIB, row["activation_peak_bytes"] / MIB
         sentences.append(
-            f"{pair.model}{_at(row['depth'])}, batch {row['batch_size']:.0f}: the peak is {other:.1f} MiB {pair.name} "
-            f"and {stored:.1f} MiB stored, {stored / other:.1f} times as much."
+            f"{pair.model}{at_depth(row['depth'])}, batch {row['batch_size']:.0f}: the peak is {other:.1f} MiB "
+            f"{pair.name} and {stored:.1f} MiB stored, {stored / other:.1f} times as much."
         )
     return sentences
 
@@ -65,7 +76,7 @@ def saving_sentences(frame: pd.DataFrame) -> list[str]:
 def time_sentences(frame: pd.DataFrame) -> list[str]:
     """The step time of each choice over that of stored activations in the same cell."""
     sentences = []
-    for pair in _pairs(frame, "step_median_s"):
+    for pair in pairs(frame, "step_median_s"):
         ratios = pair.table["step_median_s"] / pair.table["step_median_s_stored"]
         spread = f", {ratios.min():.2f} to {ratios.max():.2f}" if len(ratios) > 1 else ""
         cells = "1 cell" if len(ratios) == 1 else f"{len(ratios)} cells"
@@ -74,6 +85,20 @@ def time_sentences(frame: pd.DataFrame) -> list[str]:
             f"{spread})."
         )
     return sentences
+
+
+def bars_sentence(frame: pd.DataFrame) -> str:
+    """What the bar around a median step time is; "" where there is none."""
+    bars = step_bars(frame[frame["status"] == "ok"]).dropna() if len(frame) else pd.DataFrame({"of_median": []})
+    count = int(bars["of_median"].sum())
+    interval = (
+        "the 95 % interval of the median (percentile bootstrap over the steps of the process; what differs from one "
+        "process to the next is not in it)"
+    )
+    if not count:
+        return "from the first to the third quartile of the steps" if len(bars) else ""
+    others = len(bars) - count
+    return interval + (f"; of {others} trials with fewer steps or older records, the quartiles" if others else "")
 
 
 def drift_sentences(frame: pd.DataFrame) -> list[str]:
@@ -107,92 +132,3 @@ def trouble_sentence(frame: pd.DataFrame) -> str | None:
         return None
     trials = "1 trial" if len(broken) == 1 else f"{len(broken)} trials"
     return f"{trials} came to no result; the table gives the reasons and the logs."
-
-
-class SummaryRow(NamedTuple):
-    """One strategy at one batch size, as text; empty where it has no such figure."""
-
-    strategy: str
-    batch: str
-    peak_per_block: str
-    saved_per_block: str
-    peak: str
-    time_ratio: str
-    drift: str
-    angle: str
-
-
-def summary(frame: pd.DataFrame) -> list[SummaryRow]:
-    """The whole run in a few rows."""
-    measured = frame[frame["status"] == "ok"]
-    laws = {name: depth_law(frame, f"activation_{name}_bytes") for name in ("peak", "saved")}
-    ratios: dict[tuple[str, object], float] = {
-        (pair.strategy, batch): ratio for pair in _pairs(frame, "step_median_s") for batch, ratio in _by_batch(pair)
-    }
-    summary_rows = []
-    for (strategy, batch), rows in measured.groupby(["strategy", "batch_size"], sort=False):
-        slopes = {}
-        for name, law in laws.items():
-            line = law[(law["strategy"] == strategy) & (law["batch_size"] == batch)]
-            slopes[name] = slope_text(line.iloc[0], spread=True) if len(line) else ""
-        deepest = rows.sort_values("depth").iloc[-1]
-        peak = deepest.get("activation_peak_bytes", math.nan)
-        ratio = ratios.get((str(strategy), batch))
-        summary_rows.append(
-            SummaryRow(
-                strategy=str(strategy),
-                batch=str(batch),
-                peak_per_block=slopes["peak"],
-                saved_per_block=slopes["saved"],
-                peak="" if math.isnan(peak) else f"{peak / MIB:.1f}{_at(deepest['depth'])}",
-                time_ratio="" if ratio is None else f"{ratio:.2f}",
-                drift=_largest(rows, "drift_max_rel"),
-                angle=_largest(rows, "gradient_angle_deg"),
-            )
-        )
-    return summary_rows
-
-
-def _at(depth: float) -> str:
-    return "" if math.isnan(depth) else f" (depth {depth:.0f})"
-
-
-def _largest(rows: pd.DataFrame, metric: str) -> str:
-    value = rows[metric].max() if metric in rows else math.nan
-    return "" if math.isnan(value) else "0" if value == 0 else f"{value:.1e}"
-
-
-def _by_batch(pair: "_Pair") -> Iterator[tuple[int, float]]:
-    for batch, rows in pair.table.groupby("batch_size"):
-        yield batch, (rows["step_median_s"] / rows["step_median_s_stored"]).median()  # pyright: ignore[reportReturnType]
-
-
-class _Pair(NamedTuple):
-    """The trials of one strategy beside the stored ones of the same cells (columns with the suffix _stored)."""
-
-    model: str
-    strategy: str
-    table: pd.DataFrame
-
-    @property
-    def name(self) -> str:
-        return without_model(self.strategy)
-
-
-def _pairs(frame: pd.DataFrame, metric: str) -> list[_Pair]:
-    if metric not in frame:
-        return []
-    usable = frame[frame["status"] == "ok"].dropna(subset=[metric])
-    cell = [field for field in CELL if field in usable]
-    stored = usable[usable["activations"] == "stored"]
-    pairs = []
-    for (model, strategy), rows in usable[usable["activations"] != "stored"].groupby(["model", "strategy"], sort=False):
-        base = stored.drop_duplicates(cell)[[*cell, metric]]
-        table = rows.merge(base, on=cell, suffixes=("", "_stored"))
-        if len(table):
-            pairs.append(_Pair(str(model), str(strategy), table))
-    return pairs
-
-
-def without_model(strategy: str) -> str:
-    return strategy.split(" · ", 1)[-1]

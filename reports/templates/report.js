@@ -42,6 +42,11 @@
     }
     shown.textContent = `${count} of ${rows.length} trials`;
   };
+  const more = document.getElementById("more");
+  const choose = () => table.classList.toggle("brief", !more.checked);
+  more.addEventListener("change", choose);
+  choose();
+
   filter.addEventListener("input", apply);
   apply();
 })();

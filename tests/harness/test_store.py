@@ -29,6 +29,13 @@ def test_what_is_written_is_read(store: RunStore, record: Record) -> None:
     assert RunStore(store.absolute_uri).read_records() == [record]
 
 
+def test_report_and_laws_lie_beside_each_other(store: RunStore) -> None:
+    assert store.write_report("<p>") == f"{store.uri}/report.html"
+    assert store.write_laws("a,b\n") == f"{store.uri}/laws.csv"
+    assert store.fs.cat_file(f"{store.root}/laws.csv") == b"a,b\n"
+    assert store.finished_ids() == set()
+
+
 def test_nothing_is_there_before_it_is_written(store: RunStore) -> None:
     assert store.finished_ids() == set()
     assert store.read_plan() is store.read_study() is store.read_log("x") is store.find_record("x") is None

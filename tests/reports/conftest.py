@@ -69,6 +69,20 @@ def trial(number: int, *, status: Status = "ok", reason: str | None = None, **ch
     )
 
 
+def with_metrics(record: Record, **metrics: int | float) -> Record:
+    return record.model_copy(update={"metrics": record.metrics | metrics})
+
+
+def predicted(record: Record, *, peak_off: float = 0, saved_off: float = 0) -> Record:
+    """The record with predictions that are too high by these fractions."""
+    peak, saved = record.metrics["activation_peak_bytes"], record.metrics["activation_saved_bytes"]
+    return with_metrics(
+        record,
+        predicted_activation_peak_bytes=round(peak * (1 + peak_off)),
+        predicted_activation_saved_bytes=round(saved * (1 + saved_off)),
+    )
+
+
 def drift_rows(record: Record) -> Iterator[TraceRow]:
     for block in range(int(record.metrics.get("blocks", 0))):
         yield TraceRow("drift", block, "rel", record.metrics["drift_max_rel"] / (block + 1))

@@ -9,7 +9,7 @@ import pytest
 from harness.record import Record, TraceRow
 from reports import figures
 from reports.frames import trace_frame, trials_frame
-from tests.reports.conftest import MIB, Make, trial
+from tests.reports.conftest import MIB, Make, predicted, trial, with_metrics
 
 
 def traces(figure: go.Figure | None) -> list[Any]:
@@ -63,6 +63,25 @@ def test_each_line_runs_from_stored_to_another_of_its_cell(make_run: Make, sweep
     lines = next(t for t in traces(drawn(make_run(sweep))["time"]) if t.mode == "lines")
     assert len(lines.x) == 3 * (len(sweep) - sum(r.spec["activations"] == "stored" for r in sweep))
     assert all(start > end for start, end in zip(lines.x[0::3], lines.x[1::3], strict=True))
+
+
+def test_the_bars_of_step_times_are_the_interval_of_the_median(make_run: Make) -> None:
+    record = with_metrics(trial(1), step_median_s=0.5, step_median_low_s=0.375, step_median_high_s=0.75)
+    points = next(t for t in traces(drawn(make_run([record]))["time"]) if t.mode == "markers")
+    assert [list(points.error_y.arrayminus), list(points.error_y.array)] == [[125], [250]]
+
+
+def test_predicted_is_drawn_against_measured_in_mib_beside_the_line_where_they_are_equal(make_run: Make) -> None:
+    frame = trials_frame(make_run([predicted(trial(1, depth=14), peak_off=0.5), trial(2, depth=26)]))
+    figure = figures.predicted_against_measured(frame)
+    points = [t for t in traces(figure) if t.mode == "markers"]
+    assert [(list(t.x), list(t.y)) for t in points] == [([8.5 * 3], [8.5 * 3]), ([45.5], [1.5 * 45.5])]
+    lines = [t for t in traces(figure) if t.mode == "lines"]
+    assert all(list(t.x) == list(t.y) for t in lines)
+    assert figure is not None
+    units = {str(figure.layout[axis]["title"]["text"]) for axis in ("xaxis", "yaxis", "xaxis2", "yaxis2")}
+    assert units == {"measured (MiB)", "predicted (MiB)"}
+    assert figures.predicted_against_measured(trials_frame(make_run([trial(3)], study=None)).iloc[1:2]) is None
 
 
 def test_drift_tells_zero_and_not_finite_from_small(make_run: Make) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from harness.record import Record, Status
 from reports.page import build_report
-from tests.reports.conftest import Make, trial
+from tests.reports.conftest import Make, predicted, trial, with_metrics
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -30,6 +30,41 @@ def test_the_verdict_answers_with_numbers(make_run: Make, sweep: list[Record]) -
     assert "a step takes 1.35 times as long reconstructed as stored (median of 6 cells, 1.35 to 1.35)" in html
     assert "the relative drift is 0: every rebuilt input equals the original bit for bit" in html
     assert "and uncommitted changes" in html
+
+
+def test_the_law_says_how_straight_it_is(make_run: Make, sweep: list[Record]) -> None:
+    html = build_report(make_run(sweep))
+    assert "8.50 ± 0" in html
+    assert html.count("Every point is on its line to the byte.") == 2
+    assert 'href="laws.csv"' in html
+    peak = int(sweep[0].metrics["activation_peak_bytes"])
+    bent = [with_metrics(sweep[0], activation_peak_bytes=peak + 3 * 2**20), *sweep[1:]]
+    html = build_report(make_run(bent))
+    assert "8.00 ± 3.67" in html
+    assert "The point farthest off its line: 1.00 MiB (revnet · stored, batch 16, 3 depths)." in html
+
+
+def test_of_two_depths_no_line_is_claimed(make_run: Make, sweep: list[Record]) -> None:
+    html = build_report(make_run([record for record in sweep if record.spec["depth"] < 38]))
+    assert html.count("Two depths are always in line; 3 would show whether it is one.") == 2
+    assert "8.50 ±" not in html
+    assert "8.50" in html
+
+
+def test_predictions_have_a_section_where_there_are_any(make_run: Make, sweep: list[Record]) -> None:
+    assert 'id="predicted"' not in build_report(make_run(sweep))
+    html = build_report(make_run([predicted(record) for record in sweep]))
+    assert 'id="figure-predicted"' in html
+    assert "24 trials, predicted against measured: saved activations to the byte in all" in html
+
+
+def test_the_page_says_what_the_bars_of_step_times_are(make_run: Make, sweep: list[Record]) -> None:
+    assert "Bars: from the first to the third quartile of the steps." in build_report(make_run(sweep))
+    new = [with_metrics(record, step_median_low_s=0.5, step_median_high_s=9.0) for record in sweep]
+    html = build_report(make_run(new))
+    assert "Bars: the 95 % interval of the median" in html
+    assert "quartile" not in own_html(html)
+    assert "of 4 trials with fewer steps or older records, the quartiles" in build_report(make_run(new[4:] + sweep[:4]))
 
 
 def test_a_partial_run_says_so_and_names_what_is_missing(make_run: Make, sweep: list[Record]) -> None:
@@ -77,7 +112,7 @@ def test_a_small_run_has_a_page_too(make_run: Make, records: list[Record]) -> No
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on this machine")
 def test_a_browser_draws_every_figure_without_an_error(make_run: Make, sweep: list[Record], tmp_path: Path) -> None:
-    store = make_run(sweep)
+    store = make_run([predicted(record) for record in sweep])
     page = Path(store.write_report(build_report(store)))
     assert BROWSER is not None
     command = [
@@ -87,7 +122,7 @@ def test_a_browser_draws_every_figure_without_an_error(make_run: Make, sweep: li
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in done.stderr, done.stderr
-    for anchor in ("peak", "saved", "time", "drift"):
+    for anchor in ("peak", "saved", "predicted", "time", "drift"):
         figure = done.stdout[done.stdout.index(f'id="figure-{anchor}"') :]
         assert figure.index("main-svg") < 3000, f"{anchor} was not drawn"
     assert "24 of 24 trials" in done.stdout

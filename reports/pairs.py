@@ -1,0 +1,39 @@
+"""Trials beside the stored ones of the same cells, for what becomes of the activations to be the only difference."""
+
+from typing import NamedTuple
+
+import pandas as pd
+
+from reports.frames import CELL
+
+
+class Pair(NamedTuple):
+    """The trials of one strategy beside the stored ones of the same cells (columns with the suffix _stored)."""
+
+    model: str
+    strategy: str
+    table: pd.DataFrame
+
+    @property
+    def name(self) -> str:
+        return without_model(self.strategy)
+
+
+def pairs(frame: pd.DataFrame, metric: str) -> list[Pair]:
+    """One for each strategy that has `metric` in a cell where a stored trial has it too."""
+    if metric not in frame:
+        return []
+    usable = frame[frame["status"] == "ok"].dropna(subset=[metric])
+    cell = [field for field in CELL if field in usable]
+    stored = usable[usable["activations"] == "stored"]
+    found = []
+    for (model, strategy), rows in usable[usable["activations"] != "stored"].groupby(["model", "strategy"], sort=False):
+        base = stored.drop_duplicates(cell)[[*cell, metric]]
+        table = rows.merge(base, on=cell, suffixes=("", "_stored"))
+        if len(table):
+            found.append(Pair(str(model), str(strategy), table))
+    return found
+
+
+def without_model(strategy: str) -> str:
+    return strategy.split(" · ", 1)[-1]

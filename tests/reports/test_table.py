@@ -1,0 +1,74 @@
+"""The table of all trials: every metric is in it, and what all trials have in common is said once."""
+
+import pytest
+
+from harness.record import Record
+from reports.frames import trials_frame
+from reports.table import Table, trials_table
+from tests.reports.conftest import MIB, Make, trial, with_metrics
+
+
+def table_of(make_run: Make, records: list[Record]) -> Table:
+    store = make_run(records)
+    return trials_table(trials_frame(store), store.read_records())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "heading", "text"),
+    [
+        ("allocated_peak_bytes", 3 * MIB // 2, "allocated peak (MiB)", "1.50"),
+        ("buffer_bytes", 12, "buffer (MiB)", "<0.01"),
+        ("step_median_rank_spread_s", 0.0123, "step median rank spread (ms)", "12.3"),
+        ("tokens_per_s", 12345.6, "tokens/s", "1.235e+04"),
+        ("flops_recompute", 284295168, "flops recompute (GFLOP)", "0.2843"),
+        ("mfu", 0.412, "MFU (%)", "41.2"),
+        ("an_angle_deg", 2e-5, "an angle (°)", "2.00e-05"),
+        ("a_metric_of_tomorrow", 2.5, "a metric of tomorrow", "2.5"),
+    ],
+)
+def test_a_metric_that_is_no_main_one_has_a_column_with_its_unit(
+    make_run: Make, name: str, value: float, heading: str, text: str
+) -> None:
+    table = table_of(make_run, [with_metrics(trial(1, depth=14), **{name: value}), trial(2, depth=26)])
+    place = [column.name for column in table.metrics].index(name)
+    assert table.metrics[place].heading == heading
+    assert table.metrics[place].more
+    assert [row.metrics[place].text for row in table.rows] == [text, "n/a"]
+    assert table.rows[1].metrics[place].why == "not recorded"
+
+
+def test_what_is_the_same_in_all_is_said_once_and_what_differs_is_not(make_run: Make) -> None:
+    records = [
+        with_metrics(trial(n, depth=depth), predicted_batch_bytes=MIB, flops_forward=depth * 10**9)
+        for n, depth in enumerate((14, 26))
+    ]
+    table = table_of(make_run, records)
+    assert "predicted batch (MiB) 1.00" in table.same
+    assert "compute fp32" in table.same
+    assert "compute" not in table.spec
+    assert "flops_forward" in {column.name for column in table.metrics}
+
+    store = make_run([trial(3, compute="bf16")], study=None)
+    other = trials_table(trials_frame(store), store.read_records())
+    assert "compute" in other.spec
+    assert "predicted_batch_bytes" in {column.name for column in other.metrics}
+
+
+def test_what_no_trial_measured_is_said_once_with_its_reason(make_run: Make) -> None:
+    why = {"mfu": "n/a: the peak is not known", "hfu": "n/a: the peak is not known"}
+    records = [trial(n, depth=depth).model_copy(update={"unmeasured": why}) for n, depth in enumerate((14, 26))]
+    assert "MFU (%), HFU (%): n/a, the peak is not known" in table_of(make_run, records).same
+
+
+def test_of_one_trial_nothing_is_left_out(make_run: Make) -> None:
+    table = table_of(make_run, [with_metrics(trial(1), mfu=0.5)])
+    assert table.same == []
+    assert "seed" in table.spec
+    assert "MFU (%)" in {column.heading for column in table.metrics}
+
+
+def test_a_step_has_its_bar_in_brackets_and_is_sorted_by_its_median(make_run: Make) -> None:
+    record = with_metrics(trial(1), step_median_s=0.5, step_median_low_s=0.375, step_median_high_s=0.75)
+    table = table_of(make_run, [record])
+    step = table.rows[0].metrics[[column.name for column in table.metrics].index("step_median_s")]
+    assert (step.text, step.sort) == ("500 (375 to 750)", "0.5")
