@@ -7,23 +7,31 @@ import sys
 from collections import Counter
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from harness.errors import HarnessError
 
 if TYPE_CHECKING:
+    from harness.find import Axis
     from harness.store import RunStore
     from harness.study import Study
     from harness.trials import TrialSpec
 
+# A metric of the step that exports are of.
+EXPORTED_WITH = "attributed_peak_difference_bytes"
 DONE, FAILED, BAD_INPUT, INCOMPLETE = 0, 1, 2, 4
 
 
 class DeviceKind(StrEnum):
     CPU = "cpu"
     CUDA = "cuda"
+
+
+class Sought(StrEnum):
+    DEPTH = "depth"
+    BATCH_SIZE = "batch_size"
 
 
 app = typer.Typer(
@@ -96,16 +104,38 @@ def run(
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many, spread over the strategies.")] = None,
     only: Annotated[str | None, typer.Option(help="Only the trials whose id begins so, done or not.")] = None,
     retry: Annotated[str | None, typer.Option(help="Also trials that ended so, e.g. failed,crashed,timeout.")] = None,
+    find: Annotated[
+        Sought | None, typer.Option(help="Instead of the study's own values of it, the largest one that fits.")
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="With --find: what a rank fits into.", metavar="SIZE")] = None,
+    headroom: Annotated[
+        str | None, typer.Option(help="With --find: the share that predictions leave free; 5% if not given.")
+    ] = None,
+    at_most: Annotated[int | None, typer.Option(min=1, help="With --find: the bound of the search.")] = None,
+    snapshot: Annotated[bool, typer.Option("--snapshot", help="One step's memory for pytorch.org/memory_viz.")] = False,
+    perfetto: Annotated[bool, typer.Option("--perfetto", help="One step's trace for ui.perfetto.dev.")] = False,
 ) -> None:
     """Run the trials of a study that are not done yet, then write the report."""
+    if find is not None:
+        others = {"--limit": limit, "--only": only, "--snapshot": snapshot or None, "--perfetto": perfetto or None}
+        _refuse(others, "--find chooses its trials itself. Leave it out.")
+        axis: Axis = "depth" if find is Sought.DEPTH else "batch_size"
+        _find(study, axis, out, address, retry, memory, headroom or "5%", at_most)
+    of_a_search = {"--memory": memory, "--headroom": headroom, "--at-most": at_most}
+    _refuse(of_a_search, "it belongs to --find. Give both; the memory of a study's trials is its resources.memory.")
     from harness.planning import select_trials
     from harness.store import RunStore
 
+    exports = [name for name, asked in (("snapshot", snapshot), ("perfetto", perfetto)) if asked]
+    if exports and only is None:
+        raise HarnessError(
+            f"--{exports[0]}: a file for each trial. Name the trials with --only ID; the report has the ids."
+        )
     loaded, trials = _load(study)
     store = RunStore(out or _default_out(loaded))
     store.open_for(loaded.resolved(), [trial.id for trial in trials])
     selected = select_trials(trials, store, only=only, retry=retry, limit=limit)
-    interrupted = _run_selected(selected, len(trials), store, loaded.resources.timeout_s, address)
+    interrupted = _run_selected(selected, len(trials), store, loaded.resources.timeout_s, address, exports)
     report_path = _write_report(store)
     counts = Counter(record.status for record in store.read_records())
     left = len(trials) - len(store.finished_ids() & {trial.id for trial in trials})
@@ -119,6 +149,8 @@ def run(
         typer.echo(f"stopped; what is finished is kept. Go on with: {_again(study, out)}")
     elif left:
         typer.echo(f"{left} trials not run yet. Run them with: {_again(study, out)}")
+    for trial in selected if exports else ():
+        _say_what_was_exported(store, trial.id, exports)
     typer.echo(f"report: {report_path}")
     raise typer.Exit(INCOMPLETE if interrupted else FAILED if broken else DONE)
 
@@ -135,7 +167,12 @@ def report(run: RunArgument) -> None:
 
 
 def _run_selected(
-    selected: "list[TrialSpec]", planned: int, store: "RunStore", timeout_s: float, address: str | None
+    selected: "list[TrialSpec]",
+    planned: int,
+    store: "RunStore",
+    timeout_s: float,
+    address: str | None,
+    exports: list[str],
 ) -> bool:
     """Run them with a progress bar; returns whether somebody pressed Ctrl-C."""
     if not selected:
@@ -145,11 +182,84 @@ def _run_selected(
 
     try:
         with ray_session(address), SweepProgress(len(selected), planned) as progress:
-            for tick in run_trials(selected, store, timeout_s):
+            for tick in run_trials(selected, store, timeout_s, exports):
                 progress.update(tick)
     except KeyboardInterrupt:
         return True
     return False
+
+
+def _find(
+    study: str,
+    axis: "Axis",
+    out: str | None,
+    address: str | None,
+    retry: str | None,
+    memory: str | None,
+    headroom: str,
+    at_most: int | None,
+) -> NoReturn:
+    """Search the largest depth or batch size of each cell of a study, confirm it, and exit."""
+    from harness.confirm import as_study, confirm, search_name
+    from harness.find import (
+        Limit,
+        Predictions,
+        Search,
+        at_smallest,
+        cells_of,
+        differing,
+        memory_of,
+        parse_headroom,
+        process_bytes,
+        search_id,
+    )
+    from harness.find_view import CONFIRMED, outcome, print_found, searched
+    from harness.planning import statuses_of
+    from harness.store import RunStore
+    from harness.study import check_trials, load_study
+    from harness.trials import expand
+
+    share, given_bytes, again = parse_headroom(headroom), _memory(memory), statuses_of(retry)
+    loaded = load_study(study)
+    trials = [at_smallest(trial, axis) for trial in expand(loaded)]
+    check_trials(loaded, trials)
+    limit = Limit(given_bytes or memory_of(trials[0]), share, process_bytes(trials[0]))
+    cells = cells_of(trials, axis, limit.memory_bytes, at_most)
+    store = RunStore(out or str(Path("runs", search_name(loaded, axis))))
+    asked = search_id(cells, share)
+    store.check_search(asked)
+    predictions = Predictions()
+    searches = [Search(cell, limit, predictions) for cell in cells]
+    for search in searches:
+        search.advance()
+        typer.echo(searched(search, differing(cells)))
+
+    def write_plan(planned: "list[TrialSpec]") -> None:
+        written = as_study(loaded, planned, axis, limit)
+        store.open_for(written.resolved(), [trial.id for trial in planned], search=asked)
+
+    def run_pending(pending: "list[TrialSpec]") -> bool:
+        return _run_selected(pending, len(pending), store, loaded.resources.timeout_s, address, [])
+
+    interrupted = confirm(searches, store, run_pending, write_plan=write_plan, retry=again)
+    typer.echo()
+    print_found(searches, store, limit)
+    outcomes = [outcome(search, store) for search in searches]
+    open_ones = sum(found not in (CONFIRMED, "none", "unsupported") for found in outcomes)
+    if interrupted:
+        typer.echo("stopped; what is finished is kept. Give the same command to go on.")
+    elif open_ones:
+        typer.echo(f"{open_ones} not confirmed; the logs lie in {store.uri}/logs.")
+        typer.echo("Run those that came to no result again with the same command and --retry failed,crashed,timeout")
+    if store.read_plan() is not None:
+        typer.echo(f"report: {_write_report(store)}")
+    raise typer.Exit(INCOMPLETE if interrupted else FAILED if open_ones else DONE)
+
+
+def _refuse(options: dict[str, object], why: str) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise HarnessError(f"{name if value is True else f'{name} {value}'}: {why}")
 
 
 def _load(study: str) -> "tuple[Study, list[TrialSpec]]":
@@ -177,6 +287,18 @@ def _default_out(study: "Study") -> str:
 
 def _again(study: str, out: str | None) -> str:
     return f"revnet run {study}" + (f" --out {out}" if out else "")
+
+
+def _say_what_was_exported(store: "RunStore", trial_id: str, exports: list[str]) -> None:
+    from harness.store import export_path
+
+    record = store.find_record(trial_id)
+    if record is not None and EXPORTED_WITH in record.metrics:
+        for export in exports:
+            typer.echo(f"{export}: {store.uri}/{export_path(trial_id, export)}")
+    else:
+        why = None if record is None else record.unmeasured.get(EXPORTED_WITH) or record.reason
+        typer.echo(f"{', '.join(exports)}: none of {trial_id}, {why or 'which was not run to its end'}")
 
 
 def _write_report(store: "RunStore") -> str:

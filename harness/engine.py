@@ -1,5 +1,6 @@
 """The only importer of deepspeed: a training engine around a model, on this process's device."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,14 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from harness.measure.live import Storage
 from harness.ranks import INIT_METHOD, LOOPBACK
 from revnet_core import UnsupportedError
 
 AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
+# Modules of DeepSpeed's whose tensors are those of the layer that they stand in for.
+_LAYERS = "deepspeed.runtime.zero.linear"
+_GATHERS_PARAMETERS = "deepspeed.runtime.zero.partition_parameters"
 
 
 def pick_device(gpus_per_worker: int | None) -> torch.device:
@@ -51,7 +56,10 @@ def set_compute(compute: str) -> None:
 
 
 class TrainingEngine:
-    """One model under DeepSpeed with SGD and momentum 0.9."""
+    """One model under DeepSpeed with SGD and momentum 0.9.
+
+    model  as given, though under ZeRO its parameters lie elsewhere than before
+    """
 
     def __init__(
         self,
@@ -66,6 +74,7 @@ class TrainingEngine:
         # DeepSpeed would compile a shared-memory collective at its first start: 50 s and a C++ compiler needed,
         # for something that a measured step on one rank never calls.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.model = model
         self._zero_stage = zero_stage
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         parameter_count = sum(p.numel() for p in model.parameters())
@@ -99,8 +108,55 @@ class TrainingEngine:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
 
+    def held_tensors(self) -> dict[str, list[Tensor]]:
+        """What this rank keeps for its share of the model, by category; one tensor may be a view of another.
+
+        parameter  of the model, and under ZeRO-3 this rank's partition of them
+        gradient   of the parameters or of this rank's partition, and the buckets in which they are reduced
+        optimizer  momentum, which SGD makes in the first step, and under ZeRO the master weights of the partition
+        buffer     of the model
+        """
+        optimizer: Any = self._engine.optimizer
+        inner = getattr(optimizer, "optimizer", optimizer)
+        parameters = list(self.model.parameters())
+        partitions = _tensors([getattr(parameter, "ds_tensor", None) for parameter in parameters])
+        masters = _tensors_of(optimizer, "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
+        reduced = _tensors_of(optimizer, "averaged_gradients", "grad_partitions_flat_buffer", "ipg_buckets")
+        return {
+            "parameter": [*parameters, *partitions],
+            "gradient": _tensors([tensor.grad for tensor in (*parameters, *masters)]) + reduced,
+            "optimizer": masters + _tensors(dict(inner.state)),
+            "buffer": list(self.model.buffers()),
+        }
+
+    @staticmethod
+    def category_of(storage: Storage) -> str | None:
+        """What a storage of a step is if DeepSpeed made it for itself: a "parameter" gathered under ZeRO-3, or a
+        "gradient" flattened or in a bucket. None for all others."""
+        if storage.caller == _GATHERS_PARAMETERS:
+            return "parameter"
+        ours = storage.caller.partition(".")[0] == "deepspeed" and storage.caller != _LAYERS
+        # A scaled loss is no gradient.
+        is_scalar = storage.nbytes <= torch.float64.itemsize
+        return "gradient" if ours and storage.phase == "backward" and not is_scalar else None
+
     def close(self) -> None:
         self._engine.destroy()
+
+
+def _tensors_of(owner: object, *names: str) -> list[Tensor]:
+    return [tensor for name in names for tensor in _tensors(getattr(owner, name, None))]
+
+
+def _tensors(value: object) -> list[Tensor]:
+    """The tensors in nested containers, as DeepSpeed and torch keep them."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return _tensors(list(value.values()))
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return _tensors(vars(value)) if dataclasses.is_dataclass(value) else []
 
 
 def engine_config(

@@ -1,4 +1,4 @@
-"""What can go wrong through no fault of the trial: bad input, and what the user can do about it."""
+"""What can go wrong: bad input, and figures that would be wrong; and what the user can do about it."""
 
 
 class HarnessError(Exception):
@@ -31,3 +31,7 @@ class ResourceError(HarnessError):
 
 class PredictionError(HarnessError):
     """The memory of a trial cannot be told without running it."""
+
+
+class MeasurementError(Exception):
+    """A figure that would be wrong. The trial ends as failed, rather than with that figure; no fault of the input."""

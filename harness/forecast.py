@@ -5,13 +5,14 @@ ones. So saved bytes are affine in either, and a peak, the highest of many momen
 lies nowhere above the surface that its values at a rectangle's corners span; and if it meets that surface at one point
 within, it meets it everywhere: a convex function that meets its chord between the ends meets it all along, first on the
 line through the point, then at that line's ends, then on the lines through these. Hence five predictions tell all of a
-rectangle of depths and batch sizes, or else that it has to be divided.
+rectangle of depths and batch sizes, or else that it has to be divided. Of a peak this is asked in each part of the
+model by itself, where it has fewer moments to be at, and only of the parts that are the highest somewhere.
 """
 
 import multiprocessing
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from typing import NamedTuple
@@ -213,9 +214,9 @@ class Surface:
         inside = depths[len(depths) > 2], sizes[len(sizes) > 2]
         if len({self.value(inside).form, *(corner.form for row in corners for corner in row)}) == 1:
             spanned = Spanned(depths, sizes, corners)
-            if _near(self.value(inside), spanned(inside)):
-                points = [(depth, size) for depth in depths for size in sizes]
-                self.known |= {point: spanned(point) for point in points if point not in self.known}
+            surface = {(depth, size): spanned((depth, size)) for depth in depths for size in sizes}
+            if _near(self.value(inside), surface[inside], _that_matter(list(surface.values()))):
+                self.known = surface | self.known
                 return
         for part_of_depths, part_of_sizes in _divided(depths, sizes, lines=False):
             self.fill(part_of_depths, part_of_sizes)
@@ -242,8 +243,22 @@ def _between(first: Sequence[Fraction | int], second: Sequence[Fraction | int], 
     return [a + (b - a) * share for a, b in zip(first, second, strict=True)]
 
 
-def _near(figures: Figures, others: Figures) -> bool:
-    return all(abs(a - b) <= TOLERANCE * abs(a) for a, b in zip(figures.numbers, others.numbers, strict=True))
+def _near(figures: Figures, others: Figures, positions: Iterable[int]) -> bool:
+    pairs = ((figures.numbers[i], others.numbers[i]) for i in positions)
+    return all(abs(a - b) <= TOLERANCE * abs(a) for a, b in pairs)
+
+
+def _that_matter(surface: Sequence[Figures]) -> set[int]:
+    """Positions of all figures but the peaks that are highest nowhere, be it with or without the buffers that an engine
+    adds in the backward."""
+    form = surface[0].form
+    first_peak = len(surface[0].numbers) - len(form)
+    peaks = range(first_peak, len(surface[0].numbers))
+    backward = [i for i in peaks if form[i - first_peak][0] == "backward"]
+    matter = set(range(first_peak))
+    for figures in surface:
+        matter |= {max(kind, key=lambda i: figures.numbers[i]) for kind in (peaks, backward) if kind}
+    return matter
 
 
 def _divided(

@@ -25,7 +25,7 @@ def select_trials(
         if not chosen:
             raise HarnessError(f"--only {only}: no trial of this study has such an id. `revnet plan` lists them.")
     else:
-        again = _statuses(retry)
+        again = statuses_of(retry)
         chosen = [
             trial
             for trial in trials
@@ -34,7 +34,8 @@ def select_trials(
     return chosen if limit is None else _spread(chosen, limit)
 
 
-def _statuses(retry: str | None) -> set[str]:
+def statuses_of(retry: str | None) -> set[str]:
+    """What a --retry names, separated by commas. Raises HarnessError for a status that does not exist."""
     asked = {part.strip() for part in retry.split(",")} if retry else set()
     if unknown := sorted(asked - set(STATUSES)):
         raise HarnessError(f"--retry {retry}: no status {unknown[0]!r}; allowed: {', '.join(STATUSES)}.")

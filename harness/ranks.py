@@ -74,9 +74,9 @@ def _finished(spec: TrialSpec, rank: int, exit_code: int, scratch: Path) -> Fini
         record = store.read_record(spec.id)
         if record.status != "ok":
             record = record.model_copy(update={"reason": f"rank {rank}: {record.reason}"})
-        return Finished(record, store.read_trace_rows(spec.id))
+        return Finished(record, store.read_trace_rows(spec.id), store.read_exports(spec.id))
     status = "crashed" if exit_code < 0 else "failed"
     how = f"was ended by {signal_name(exit_code)}" if exit_code < 0 else f"exited with {exit_code} and left no record"
     return Finished(
-        Record(id=spec.id, spec=spec.model_dump(mode="json"), status=status, reason=f"rank {rank} {how}"), ()
+        Record(id=spec.id, spec=spec.model_dump(mode="json"), status=status, reason=f"rank {rank} {how}"), (), {}
     )

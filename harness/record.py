@@ -94,7 +94,12 @@ class TraceRow(NamedTuple):
 
     table   index            name                       value
     step    measured step    step_s, loss               seconds, loss
-    memory  order in time    time_s, live_bytes         seconds and bytes above the level at step start
+    memory  order in time    time_s, live_bytes         seconds and bytes above the level at step start; few
+                                                        points, the peak and the forward's end among them
+                             parameter_bytes, ...       bytes of each category, those at step start included; absent
+                                                        where the step could not be attributed
+    owners  rank, 0 first    "category: owner"          bytes above step start at the peak of that step; the last may be
+                                                        "others"
     drift   block            rel, max_abs, max_ulp      see `revnet_core.BlockDrift`
     """
 

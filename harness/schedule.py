@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 # Read when ray is imported: no usage report, no advance notice of a change that does not concern us.
@@ -113,18 +113,22 @@ def _loopback_only() -> Iterator[None]:
             os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = in_environment
 
 
-def run_trials(trials: Sequence[TrialSpec], store: RunStore, timeout_s: float) -> Iterator[Tick]:
+def run_trials(
+    trials: Sequence[TrialSpec], store: RunStore, timeout_s: float, exports: Collection[str] = ()
+) -> Iterator[Tick]:
     """Run the trials in the order given, as many at a time as there is room for; yields about twice a second.
 
     Every trial has its record in `store` when its outcome is yielded. Closing the iterator early ends the trials
     that run, which leave no record. Raises ResourceError, before anything starts, for a trial that fits no node.
+
+    exports  names of what each trial is to leave beside its record
     """
     todo = deque((trial, _bundle(trial)) for trial in trials)
     waiting: dict[PlacementGroup, TrialSpec] = {}
     running: dict[ray.ObjectRef, tuple[TrialSpec, PlacementGroup]] = {}
 
     def start(trial: TrialSpec, group: PlacementGroup) -> None:
-        running[_submit(trial, group, store.absolute_uri, timeout_s)] = trial, group
+        running[_submit(trial, group, store.absolute_uri, timeout_s, sorted(exports))] = trial, group
 
     try:
         while todo or waiting or running:
@@ -155,23 +159,23 @@ def run_trials(trials: Sequence[TrialSpec], store: RunStore, timeout_s: float) -
             remove_placement_group(group)
 
 
-def _submit(trial: TrialSpec, group: PlacementGroup, uri: str, timeout_s: float) -> "ray.ObjectRef":
+def _submit(trial: TrialSpec, group: PlacementGroup, uri: str, timeout_s: float, exports: list[str]) -> "ray.ObjectRef":
     bundle = group.bundle_specs[0]
     return _supervise.options(  # pyright: ignore[reportFunctionMemberAccess]
         num_cpus=bundle["CPU"],
         num_gpus=bundle.get("GPU", 0),
         scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=group),
         name=f"trial-{trial.id}",
-    ).remote(trial.canonical_json(), uri, timeout_s)
+    ).remote(trial.canonical_json(), uri, timeout_s, exports)
 
 
 @ray.remote(max_retries=0)
-def _supervise(spec_json: str, uri: str, timeout_s: float) -> tuple[Status, str | None, float]:
-    done = supervise(TrialSpec.from_json(spec_json), timeout_s)
+def _supervise(spec_json: str, uri: str, timeout_s: float, exports: list[str]) -> tuple[Status, str | None, float]:
+    done = supervise(TrialSpec.from_json(spec_json), timeout_s, exports)
     store = RunStore(uri)
     earlier = store.find_record(done.record.id)
     attempts = [*(earlier.attempts if earlier else ()), *done.record.attempts]
-    store.write_trial(done.record.model_copy(update={"attempts": attempts}), done.trace, done.log)
+    store.write_trial(done.record.model_copy(update={"attempts": attempts}), done.trace, done.log, done.exports)
     return done.record.status, done.record.reason, attempts[-1].wall_s
 
 

@@ -1,9 +1,10 @@
 """The only reader and writer of a run directory, on a local path or any fsspec URI.
 
 study.yaml            the resolved study; can be run again as it is
-plan.json             the ids of the study's trials and the hash of them
+plan.json             the ids of the study's trials and the hash of them; of a search, what it asks and those it came to
 trials/<id>.json      one finished trial
 traces/<id>.parquet   its long tables (.json where pyarrow is not installed)
+exports/<id>.*        one step's memory for other people's viewers, where it was asked for (see harness.exports)
 logs/<id>.log         what its process printed
 report.html
 laws.csv              the lines that the report fits, one row a line
@@ -15,7 +16,7 @@ import json
 import os
 import posixpath
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from harness.errors import StoreError
+from harness.exports import EXPORTS
 from harness.record import Record, TraceRow, trace_columns
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ LAWS = "laws.csv"
 
 class RunStore:
     """A run directory. Every write is whole or absent; a record is written last, so that a trial with a
-    record has its trace and log too."""
+    record has its trace, log and exports too."""
 
     def __init__(self, uri: str | Path) -> None:
         text = str(uri)
@@ -48,28 +50,52 @@ class RunStore:
 
     # What the run is about
 
-    def open_for(self, study: dict[str, Any], trial_ids: Sequence[str]) -> None:
+    def open_for(self, study: dict[str, Any], trial_ids: Sequence[str], *, search: str | None = None) -> None:
         """Prepare the directory for a study, or check that it is this study's. Raises StoreError, having
-        written nothing, when it holds another study or something that is no run."""
+        written nothing, when it holds another study or something that is no run.
+
+        search  says what a search asks that comes to more and more trials: those may change from call to call
+        """
+        if search is None:
+            self._check_empty_or(study["name"], trial_ids)
+        else:
+            self.check_search(search)
+        self._write("study.yaml", _to_yaml(study).encode())
+        if search is not None or self.read_plan() is None:
+            plan = {"schema": 1, "name": study["name"], "hash": plan_hash(trial_ids), "trials": list(trial_ids)}
+            plan |= {} if search is None else {"search": search}
+            self._write("plan.json", (json.dumps(plan, indent=1) + "\n").encode())
+
+    def check_search(self, search: str) -> None:
+        """Raises StoreError when the directory holds something else than this search."""
+        plan = self._plan_unless_empty()
+        if plan is not None and plan.get("search") != search:
+            what = "a run that is no search" if plan.get("search") is None else "a search that asks something else"
+            raise StoreError(
+                f"{self.uri}: holds {what}: {plan['name']!r} with {len(plan['trials'])} trials. Its cells, axis, "
+                "memory or headroom are others. Give another directory with --out."
+            )
+
+    def _check_empty_or(self, name: str, trial_ids: Sequence[str]) -> None:
+        plan = self._plan_unless_empty()
+        if plan is not None and plan["hash"] != plan_hash(trial_ids):
+            raise StoreError(
+                f"{self.uri}: holds a run of another study: {plan['name']!r} with {len(plan['trials'])} trials, "
+                f"hash {plan['hash'][:12]}; this one is {name!r} with {len(trial_ids)} trials, "
+                f"hash {plan_hash(trial_ids)[:12]}. Give another directory with --out."
+            )
+
+    def _plan_unless_empty(self) -> dict[str, Any] | None:
         plan = self.read_plan()
         if plan is None and self.fs.exists(self.root) and self.fs.ls(self.root):
             raise StoreError(
                 f"{self.uri}: the directory is not empty and holds no plan.json, so it is not a run. "
                 "Give an empty or a new directory with --out."
             )
-        if plan is not None and plan["hash"] != plan_hash(trial_ids):
-            raise StoreError(
-                f"{self.uri}: holds a run of another study: {plan['name']!r} with {len(plan['trials'])} trials, "
-                f"hash {plan['hash'][:12]}; this one is {study['name']!r} with {len(trial_ids)} trials, "
-                f"hash {plan_hash(trial_ids)[:12]}. Give another directory with --out."
-            )
-        self._write("study.yaml", _to_yaml(study).encode())
-        if plan is None:
-            plan = {"schema": 1, "name": study["name"], "hash": plan_hash(trial_ids), "trials": list(trial_ids)}
-            self._write("plan.json", (json.dumps(plan, indent=1) + "\n").encode())
+        return plan
 
     def read_plan(self) -> dict[str, Any] | None:
-        """{"schema", "name", "hash", "trials": [id, ...]}, or None when nothing was planned here."""
+        """{"schema", "name", "hash", "trials": [id, ...]}, of a search also "search"; None when nothing was planned."""
         data = self._read("plan.json")
         if data is None:
             return None
@@ -110,13 +136,21 @@ class RunStore:
         """Every finished trial, by id. Raises RecordError for a record of an unknown schema version."""
         return [self.read_record(trial_id) for trial_id in sorted(self.finished_ids())]
 
-    def write_trial(self, record: Record, trace: Sequence[TraceRow] = (), log: bytes | None = None) -> None:
-        """Write a finished trial: trace and log first, the record last."""
+    def write_trial(
+        self,
+        record: Record,
+        trace: Sequence[TraceRow] = (),
+        log: bytes | None = None,
+        exports: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """Write a finished trial: trace, log and exports (by name) first, the record last."""
         if log is not None:
             self._write(f"logs/{record.id}.log", log)
         if trace:
             name, data = _encode_trace(trace)
             self._write(f"traces/{record.id}.{name}", data)
+        for export, data in (exports or {}).items():
+            self._write(export_path(record.id, export), data)
         self._write(f"trials/{record.id}.json", record.to_json().encode())
 
     def read_trace(self, trial_id: str) -> "pyarrow.Table | None":
@@ -140,6 +174,11 @@ class RunStore:
         else:
             return []
         return [TraceRow(*row) for row in zip(*(columns[name] for name in TraceRow._fields), strict=True)]
+
+    def read_exports(self, trial_id: str) -> dict[str, bytes]:
+        """The trial's exports by name, as bytes for others; nothing here looks into them."""
+        found = {name: self._read(export_path(trial_id, name)) for name in EXPORTS}
+        return {name: data for name, data in found.items() if data is not None}
 
     def read_log(self, trial_id: str) -> str | None:
         data = self._read(f"logs/{trial_id}.log")
@@ -187,6 +226,11 @@ class RunStore:
         finally:
             if os.path.exists(part):
                 os.unlink(part)
+
+
+def export_path(trial_id: str, export: str) -> str:
+    """Where an export lies within a run directory."""
+    return f"exports/{trial_id}.{EXPORTS[export]}"
 
 
 def plan_hash(trial_ids: Iterable[str]) -> str:

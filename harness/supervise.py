@@ -12,10 +12,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from harness.exports import exports_environment
 from harness.ranks import signal_name
 from harness.record import Attempt, Record, Status, TraceRow
 from harness.store import RunStore
@@ -25,16 +27,25 @@ from harness.worker import PARENT_PID
 LOG_TAIL_BYTES = 4 * 2**20
 # Long enough to print the stacks of a process that hangs.
 STACKS_S = 1.0
+# glibc gives memory back and takes it again, page by page, in each step. Kept, as CUDA's caching allocator keeps it, a
+# step has no page faults. 32 MiB is the most that glibc takes for the size from which it maps each block anew.
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "33554432"}
+# For a trial under a limit, which counts what the process holds: glibc would come to keep freed tensors of up to 32 MiB
+# if its thresholds were not fixed, here at the values that they start with.
+GIVE_BACK_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}
 
 
 class Supervised(NamedTuple):
     record: Record
     trace: list[TraceRow]
     log: bytes
+    exports: dict[str, bytes]
 
 
-def supervise(spec: TrialSpec, timeout_s: float) -> Supervised:
+def supervise(spec: TrialSpec, timeout_s: float, exports: Collection[str] = ()) -> Supervised:
     """Start the trial, wait for it at most `timeout_s` seconds, and say what came of it.
+
+    exports  names of what it is to leave beside its record
 
     Whatever ends this call early (KeyboardInterrupt, say) ends the trial's processes too.
     """
@@ -48,7 +59,7 @@ def supervise(spec: TrialSpec, timeout_s: float) -> Supervised:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=_environment(spec),
+                env=_environment(spec) | exports_environment(exports),
                 start_new_session=True,
             )
             exit_code: int | None = None
@@ -76,7 +87,7 @@ def supervise(spec: TrialSpec, timeout_s: float) -> Supervised:
             node=socket.gethostname(),
             exit_code=exit_code,
         )
-        return Supervised(record.model_copy(update={"attempts": [attempt]}), trace, tail)
+        return Supervised(record.model_copy(update={"attempts": [attempt]}), trace, tail, store.read_exports(spec.id))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -93,6 +104,7 @@ def _environment(spec: TrialSpec) -> dict[str, str]:
     threads = str(spec.resources.cpus_per_worker)
     # Threads that wait by spinning make a step up to ten times longer where another process shares their cores.
     unless_set = {"OMP_WAIT_POLICY": "PASSIVE"}
+    unless_set |= KEEP_MEMORY if spec.resources.memory_bytes is None else GIVE_BACK_MEMORY
     return {
         **unless_set,
         **os.environ,

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from harness.data import CHANNELS, load_data
 from harness.engine import TrainingEngine, gather, join_ranks, leave_ranks, pick_device, set_compute
 from harness.errors import PredictionError
+from harness.exports import asked_exports
+from harness.footprint import Step, attribute_footprint, measure_footprint
 from harness.measure.drift import DRIFT_METRICS, measure_drift
 from harness.measure.flops import measure_flops, utilization
 from harness.measure.machine import device_name
-from harness.measure.memory import measure_memory
 from harness.measure.timing import summarize, time_step
 from harness.models import create, loss_of
 from harness.predict import PREDICTED_METRICS, Device, predict
@@ -40,6 +41,7 @@ class Result:
     metrics: dict[str, int | float | None] = field(default_factory=dict)
     unmeasured: dict[str, str] = field(default_factory=dict)
     trace: list[TraceRow] = field(default_factory=list)
+    exports: dict[str, bytes] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
@@ -57,6 +59,7 @@ def train(spec: TrialSpec, scratch: Path, result: Result) -> None:
     counted, uncounted = count_flops(spec)
     result.metrics |= counted
     result.unmeasured |= uncounted
+    _record_prediction(spec, device, result)
     limit_memory(device, spec.resources.memory_bytes)
     join_ranks(device, scratch)
     try:
@@ -66,7 +69,6 @@ def train(spec: TrialSpec, scratch: Path, result: Result) -> None:
     gc.collect()
     # The limit is of a training step, and an audit needs more: it stores, in float64 too.
     limit_memory(device, None)
-    _record_prediction(spec, device, result)
     if spec.audit_batch_size == 0:
         result.unmeasured |= dict.fromkeys(DRIFT_METRICS, "the study's audit_batch_size is 0")
         return
@@ -94,9 +96,7 @@ def _train_under_engine(spec: TrialSpec, device: torch.device, result: Result) -
     for name in ("blocks", "reversible_blocks"):
         result.metrics[name] = getattr(model, name, None)
         result.unmeasured[name] = "the model does not say"
-    parameters = list(model.parameters())
-    result.metrics["parameter_count"] = sum(p.numel() for p in parameters)
-    result.metrics["parameter_bytes"] = sum(p.numel() * p.element_size() for p in parameters)
+    result.metrics["parameter_count"] = sum(p.numel() for p in model.parameters())
     engine = TrainingEngine(
         model,
         batch_size=spec.batch_size,
@@ -151,16 +151,17 @@ def _record_steps(
 
 def _record_memory(engine: TrainingEngine, device: torch.device, batch: Batch, result: Result) -> None:
     x, labels = (tensor.to(device) for tensor in batch)
-    engine.allocate_gradients()
-    gc.collect()
-    use = measure_memory(device, lambda: loss_of(engine.forward(x), labels), engine.backward)
-    engine.step()
-    for name in ("activation_saved_bytes", "activation_peak_bytes"):
-        ranks = gather(getattr(use, name))
-        result.metrics[name] = max(ranks)
-        result.metrics[f"{name.removesuffix('_bytes')}_rank_spread_bytes"] = max(ranks) - min(ranks)
-    for index, (seconds, level) in enumerate(use.timeline):
-        result.trace += [TraceRow("memory", index, "time_s", seconds), TraceRow("memory", index, "live_bytes", level)]
+    step = Step(engine, device, (x, labels), lambda: loss_of(engine.forward(x), labels))
+    step_median_s = result.metrics["step_median_s"]
+    assert step_median_s
+    footprint, plain = measure_footprint(step, step_median_s)
+    result.metrics |= footprint.metrics
+    result.unmeasured |= footprint.unmeasured
+    attributed = attribute_footprint(step, plain, asked_exports())
+    result.metrics |= attributed.metrics
+    result.unmeasured |= attributed.unmeasured
+    result.trace += attributed.trace or footprint.trace
+    result.exports |= attributed.exports
 
 
 def count_flops(spec: TrialSpec) -> tuple[dict[str, int], dict[str, str]]:

@@ -4,7 +4,8 @@
 
 writes OUT_DIR as a run directory (`revnet report OUT_DIR` works) and exits with 0 when the trial has a result, 1 when
 it failed, 2 for bad input. With `workers` above 1 it starts the ranks itself, unless RANK and WORLD_SIZE are set
-(torchrun): then every rank runs this command, and rank 0 writes.
+(torchrun): then every rank runs this command, and rank 0 writes. REVNET_EXPORTS=snapshot,perfetto asks for one step's
+memory for other viewers, under OUT_DIR/exports.
 """
 
 import ctypes
@@ -16,12 +17,13 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
 from harness.errors import HarnessError
+from harness.exports import asked_exports
 from harness.record import RESULT_STATUSES, Attempt, Record, Status, TraceRow, as_metrics
 from harness.store import RunStore
 from harness.trials import TrialSpec
@@ -35,6 +37,7 @@ RANK_OUT = "REVNET_RANK_OUT"
 class Finished(NamedTuple):
     record: Record
     trace: Sequence[TraceRow]
+    exports: Mapping[str, bytes]
 
 
 def main(arguments: list[str]) -> int:
@@ -46,19 +49,20 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m harness.worker SPEC.json OUT_DIR", file=sys.stderr)
         return 2
     try:
+        asked_exports()
         spec = read_spec(Path(arguments[0]))
         store = RunStore(os.environ.get(RANK_OUT, arguments[1]))
         if spec.workers > 1 and "RANK" not in os.environ:
             from harness.ranks import run_ranks
 
-            record, trace = run_ranks(spec)
+            record, trace, exports = run_ranks(spec)
         else:
-            record, trace = run_trial(spec)
+            record, trace, exports = run_trial(spec)
     except HarnessError as error:
         print(error, file=sys.stderr)
         return 2
     if RANK_OUT in os.environ or os.environ.get("RANK", "0") == "0":
-        store.write_trial(record, trace)
+        store.write_trial(record, trace, exports=exports)
     if record.status != "ok":
         print(f"{record.status}: {record.reason}", file=sys.stderr)
     return 0 if record.status in RESULT_STATUSES else 1
@@ -114,7 +118,7 @@ def run_trial(spec: TrialSpec) -> Finished:
         versions=describe_versions(),
         git=describe_git(),
     )
-    return Finished(record, result.trace)
+    return Finished(record, result.trace, result.exports)
 
 
 def classify(error: BaseException) -> tuple[Status, str]:

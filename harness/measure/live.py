@@ -6,6 +6,7 @@ takes for itself meanwhile; a model of that can be given.
 
 import contextlib
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +38,10 @@ class Storage:
     saved       alive between forward and backward
     address     of its first byte; 0 on `meta` and of a fake tensor
     born_ns     `time.time_ns()` when the operation had returned
+    device      type of the device that it lies on
+    in_engine   whether autograd's engine was running
+    caller      module whose code called the operation, the innermost outside torch and within the engine's run; "" if
+                there is none
     """
 
     nbytes: int
@@ -47,6 +52,9 @@ class Storage:
     address: int
     born_ns: int
     saved: bool = False
+    device: str = ""
+    in_engine: bool = False
+    caller: str = ""
 
 
 class Peak(NamedTuple):
@@ -66,6 +74,7 @@ class LiveStorages(TorchDispatchMode):
     model        whose modules' names owners are told by
     kernel_peak  model of what a kernel needs meanwhile: operation, arguments, output -> bytes
     granularity_bytes  an allocation takes a multiple of it
+    note_operation  told before each operation its number and name, and "" after it
 
     storages     in order of birth
     changes      (index of a storage, its bytes, negative when it died), in order
@@ -82,6 +91,7 @@ class LiveStorages(TorchDispatchMode):
         model: nn.Module | None = None,
         kernel_peak: KernelPeak | None = None,
         granularity_bytes: int = 1,
+        note_operation: Callable[[str], None] = lambda operation: None,
     ) -> None:
         super().__init__()
         self.storages: list[Storage] = []
@@ -93,17 +103,20 @@ class LiveStorages(TorchDispatchMode):
         self._place = ""
         self._kernel_peak = kernel_peak
         self._granularity_bytes = granularity_bytes
+        self._note_operation = note_operation
+        self._operations = 0
         # By the address of the storage object, which is its own as long as it lives.
-        self._known: dict[int, weakref.ref[Any] | None] = {}
+        self._known: dict[int, weakref.ref[Any]] = {}
         self._alive: set[int] = set()
-        self._existing = list(existing)
-        for tensor in self._existing:
-            self._known[tensor.untyped_storage()._cdata] = None
+        for tensor in existing:
+            self._note_existing(tensor.untyped_storage())
         self._names = {} if model is None else {module: name for name, module in model.named_modules()}
         self._running: list[str] = []
+        self._thread = threading.get_ident()
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> "LiveStorages":
+        self._thread = threading.get_ident()
         self._undo.enter_context(_calls_seen_by(self._call))
         super().__enter__()
         return self
@@ -128,11 +141,14 @@ class LiveStorages(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         before_bytes = self.level_bytes
-        by_engine = _called_by_engine(sys._getframe(1))
+        self._operations += 1
+        self._note_operation(f"{self._operations} {func}")
+        by_engine = _called_by_engine(sys._getframe().f_back)
         # Without a dispatch mode the engine adds a gradient to an earlier one in place where nobody else has that: the
         # sum then takes no memory, and its storage is the earlier one's.
         reused_bytes = _sole_owner_bytes(args[0]) if by_engine and func is torch.ops.aten.add.Tensor else None
         out = func(*args, **(kwargs or {}))
+        self._note_operation("")
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._note(tensor, func, args, by_engine, reused_bytes)
@@ -154,7 +170,7 @@ class LiveStorages(TorchDispatchMode):
         if key in self._known:
             return
         if any(isinstance(t, Tensor) and t.untyped_storage()._cdata == key for t in tree_leaves(args)):
-            self._known[key] = None  # a view of what was there before
+            self._note_existing(storage)  # a view of what was there before
             return
         index = len(self.storages)
         nbytes = storage.nbytes() if reused_bytes is None else reused_bytes
@@ -174,7 +190,16 @@ class LiveStorages(TorchDispatchMode):
         self.changes.append((index, nbytes))
         owner = self._running[-1] if self._running else ""
         address = 0 if storage.device.type == "meta" else storage.data_ptr()
-        self.storages.append(Storage(nbytes, self._phase, str(func), owner, by_engine, address, time.time_ns()))
+        born = Storage(nbytes, self._phase, str(func), owner, by_engine, address, time.time_ns())
+        born.device = tensor.device.type
+        born.in_engine, born.caller = _called_from(sys._getframe(1).f_back)
+        # The engine works for a GPU in a thread of its own, where nothing on the Python stack tells of it.
+        born.in_engine |= threading.get_ident() != self._thread
+        self.storages.append(born)
+
+    def _note_existing(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        self._known.setdefault(key, weakref.ref(storage, lambda _: self._known.pop(key)))
 
     def _call(self, module: nn.Module, call: Callable[[], Any]) -> Any:
         name = self._names.get(module) or type(module).__name__
@@ -201,7 +226,21 @@ def _sole_owner_bytes(tensor: Tensor) -> int | None:
 def _called_by_engine(frame: FrameType | None) -> bool:
     while frame is not None and frame.f_globals.get("__name__") in _WRAPPERS:
         frame = frame.f_back
-    return frame is not None and frame.f_code.co_name == _ENGINE
+    # In a thread of the engine's own there is no Python below what it calls.
+    return frame is None or frame.f_code.co_name == _ENGINE
+
+
+def _called_from(frame: FrameType | None) -> tuple[bool, str]:
+    """Whether the engine is running, and the module of the innermost frame outside torch, up to the engine's run."""
+    caller = ""
+    while frame is not None:
+        if frame.f_code.co_name == _ENGINE:
+            return True, caller
+        module = frame.f_globals.get("__name__", "")
+        if not caller and module != __name__ and module.partition(".")[0] != "torch":
+            caller = module
+        frame = frame.f_back
+    return False, caller
 
 
 @contextlib.contextmanager

@@ -5,16 +5,17 @@ activations, reconstruction buffers and temporaries. On CUDA from the caching al
 the allocator's own events, which the profiler records and which see the scratch of kernels too.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
 
-FORWARD_END = "revnet_forward_end"
-TIMELINE_POINTS = 400
+from harness.errors import MeasurementError
+from harness.measure.counters import Counters, CudaCounters, resident_peak_bytes
+from harness.measure.events import ProfilerRecorder
+from harness.measure.timeline import thin
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,20 @@ class MemoryUse:
     activation_peak_bytes   highest rise during forward and backward
     timeline                (seconds since the start, bytes above the start), thinned but with every extreme that
                             the thinning would lose; empty on CUDA, whose counters keep no history
+    allocated_peak_bytes    all that was allocated at the peak; None on the CPU, whose allocator keeps no total
+    reserved_peak_bytes     what the allocator had taken from the device; None on the CPU, whose allocator keeps nothing
+    device_used_bytes       the device's own figure: what is not free on the GPU, whoever uses it; on the CPU the peak
+                            resident set of this process; None where the system does not say
+    measured_s              forward and backward as measured, the meter's start and end not included
     """
 
     activation_saved_bytes: int
     activation_peak_bytes: int
     timeline: list[tuple[float, int]]
+    allocated_peak_bytes: int | None
+    reserved_peak_bytes: int | None
+    device_used_bytes: int | None
+    measured_s: float
 
 
 def measure_memory(
@@ -35,57 +45,65 @@ def measure_memory(
 ) -> MemoryUse:
     """Run forward and backward once and read what they allocated on `device`.
 
-    The profiler slows the step on the CPU, so a step measured here is never a timed one.
+    The profiler slows the step on the CPU, so a step measured here is never a timed one. Raises MeasurementError when
+    something else in the step took the profiler or the counters for itself.
     """
     if device.type == "cuda":
-        return _measure_cuda(device, forward, backward)
+        return measure_with_counters(CudaCounters(device), forward, backward)
     return _measure_cpu(forward, backward)
 
 
-def _measure_cuda(device: torch.device, forward: Callable[[], Tensor], backward: Callable[[Tensor], None]) -> MemoryUse:
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    start = torch.cuda.memory_allocated(device)
-    loss = forward()
-    saved = torch.cuda.memory_allocated(device) - start
-    backward(loss)
-    torch.cuda.synchronize(device)
-    return MemoryUse(saved, torch.cuda.max_memory_allocated(device) - start, [])
+def measure_with_counters(
+    counters: Counters, forward: Callable[[], Tensor], backward: Callable[[Tensor], None]
+) -> MemoryUse:
+    """Run forward and backward once and read what the allocator counted meanwhile."""
+    resets: list[str] = []
+    start_bytes = counters.allocated_bytes()
+    counters.reset_peaks()
+    start_s = time.perf_counter()
+    with counters.resets_noted(lambda: resets.append("the forward")):
+        loss = forward()
+    saved_bytes, forward_peak_bytes = counters.allocated_bytes() - start_bytes, counters.allocated_peak_bytes()
+    with counters.resets_noted(lambda: resets.append("the backward")):
+        backward(loss)
+        # On CUDA it waits for the device.
+        counters.allocated_bytes()
+    measured_s, peak_bytes = time.perf_counter() - start_s, counters.allocated_peak_bytes()
+    if not resets and not start_bytes + saved_bytes <= forward_peak_bytes <= peak_bytes:
+        resets.append("the step")
+    if resets:
+        raise MeasurementError(
+            f"the allocator's peak counter was reset within {resets[0]}, so that it does not hold the step's peak. "
+            "Leave out what resets it: reset_peak_memory_stats or DeepSpeed's see_memory_usage in the model, or "
+            "`memory_breakdown` in the study's deepspeed section."
+        )
+    return MemoryUse(
+        activation_saved_bytes=saved_bytes,
+        activation_peak_bytes=peak_bytes - start_bytes,
+        timeline=[],
+        allocated_peak_bytes=peak_bytes,
+        reserved_peak_bytes=counters.reserved_peak_bytes(),
+        device_used_bytes=counters.device_used_bytes(),
+        measured_s=measured_s,
+    )
 
 
 def _measure_cpu(forward: Callable[[], Tensor], backward: Callable[[Tensor], None]) -> MemoryUse:
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    recorder = ProfilerRecorder()
+    with recorder:
+        start_s = time.perf_counter()
         loss = forward()
-        with torch.profiler.record_function(FORWARD_END):
-            pass
+        recorder.end_forward()
         backward(loss)
-    assert profile.profiler is not None
-    assert profile.profiler.kineto_results is not None
-    events: list[Any] = profile.profiler.kineto_results.events()
-    forward_end_ns = next(event.start_ns() for event in events if event.name() == FORWARD_END)
-    # Frees of what was allocated before the profiler are no events, so the sum starts at the level of the start.
-    changes = sorted(
-        ((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"), key=lambda change: change[0]
-    )
-    if not changes:
-        raise RuntimeError("the profiler recorded no allocation; memory cannot be measured with this build of torch")
-    levels = list(accumulate(nbytes for _, nbytes in changes))
-    saved = max((i for i, (ns, _) in enumerate(changes) if ns <= forward_end_ns), default=None)
-    seconds = [(ns - changes[0][0]) / 1e9 for ns, _ in changes]
+        measured_s = time.perf_counter() - start_s
+    history = recorder.history()
+    levels = history.levels
     return MemoryUse(
-        activation_saved_bytes=0 if saved is None else levels[saved],
-        activation_peak_bytes=max(0, *levels),
-        timeline=_thin(list(zip(seconds, levels, strict=True))),
+        activation_saved_bytes=history.saved_bytes,
+        activation_peak_bytes=history.peak_bytes,
+        timeline=[(history.seconds(index), levels[index]) for index in thin(levels)],
+        allocated_peak_bytes=None,
+        reserved_peak_bytes=None,
+        device_used_bytes=resident_peak_bytes(),
+        measured_s=measured_s,
     )
-
-
-def _thin(points: list[tuple[float, int]]) -> list[tuple[float, int]]:
-    """At most 2 * TIMELINE_POINTS points: the lowest and the highest of each stretch, in order."""
-    stretch = max(1, -(-len(points) // TIMELINE_POINTS))
-    thinned: list[tuple[float, int]] = []
-    for start in range(0, len(points), stretch):
-        part = points[start : start + stretch]
-        low, high = min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])
-        thinned += sorted({low, high})
-    return thinned

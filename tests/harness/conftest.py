@@ -16,7 +16,9 @@ HERE = Path(__file__).resolve().parent
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(HERE / "models_of_users"), "COLUMNS": "200"}
+    """For a process of this checkout, wherever an installed harness lies."""
+    path = os.pathsep.join(map(str, (HERE / "models_of_users", HERE.parent.parent)))
+    return os.environ | {"PYTHONPATH": path, "COLUMNS": "200"}
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.harness.conftest import Command
 
@@ -53,6 +54,16 @@ def test_a_plan_lists_every_trial_and_starts_nothing(revnet: Command, tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plan_says_what_does_not_fit(revnet: Command, tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(STUDY)
+    done = revnet("plan", "study.yaml", "--memory", "1MiB", "--device", "cuda")
+    assert done.returncode == 0, done.stderr
+    assert "1 predicted not to fit" in done.stdout
+    wrong = revnet("plan", "study.yaml", "--memory", "80GB")
+    assert wrong.returncode == 2
+    assert "write 80GiB" in wrong.stderr
+
+
 def test_a_run_directory_of_another_study_is_refused(revnet: Command, tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text(STUDY)
     (tmp_path / "run").mkdir()
@@ -76,6 +87,41 @@ def test_what_cannot_be_placed_is_refused_before_it_starts(revnet: Command, tmp_
     assert done.returncode == 2
     assert "needs 4096 CPU on one node" in done.stderr
     assert not (tmp_path / "run" / "trials").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--find", "depth"], "Give --memory"),
+        (["--find", "width", "--memory", "1GiB"], "depth"),
+        (["--find", "depth", "--memory", "1GB"], "--memory 1GB"),
+        (["--find", "depth", "--memory", "1GiB", "--headroom", "5"], "Write 5% or 0.05"),
+        (["--find", "depth", "--memory", "1GiB", "--at-most", "2"], "the smallest depth of revnet is 14"),
+        (["--find", "depth", "--memory", "1GiB", "--only", "3f9a"], "--find chooses its trials itself"),
+        (["--find", "depth", "--memory", "1GiB", "--snapshot"], "--snapshot: --find chooses"),
+        (["--find", "depth", "--memory", "1GiB", "--retry", "tired"], "no status 'tired'"),
+        (["--memory", "1GiB"], "belongs to --find"),
+        (["--at-most", "3"], "belongs to --find"),
+    ],
+)
+def test_a_search_that_asks_nothing_clear_is_refused(
+    revnet: Command, tmp_path: Path, options: list[str], message: str
+) -> None:
+    if not options[2:] and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU, whose memory is the limit where none is given")
+    (tmp_path / "study.yaml").write_text(STUDY)
+    done = revnet("run", "study.yaml", *options)
+    assert done.returncode == 2, done.stdout
+    assert message in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["study.yaml"]
+
+
+def test_where_nothing_fits_nothing_runs(revnet: Command, tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(STUDY)
+    done = revnet("run", "study.yaml", "--find", "depth", "--memory", "1MiB")
+    assert done.returncode == 0, done.stderr
+    assert "not even depth 14 fits, which needs" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["study.yaml"]
 
 
 def test_models_lists_the_families(revnet: Command) -> None:

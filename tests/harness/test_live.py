@@ -1,12 +1,14 @@
 """Live-storage tracking, on tensors of known size: on the CPU and on `meta`, which allocates nothing."""
 
+import threading
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _push_mode
 
-from harness.measure.live import LiveStorages
+from harness.measure.live import LiveStorages, _called_by_engine
 from harness.measure.memory import measure_memory
 
 MIB = 2**20
@@ -65,6 +67,18 @@ def test_a_view_of_what_nobody_named_is_no_allocation() -> None:
     assert live.level_bytes == 0
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_what_is_born_where_something_died_is_seen(named: bool) -> None:
+    """Storage objects are told apart by their address, which is used again."""
+    existing = [torch.zeros(4) for _ in range(50)]
+    with LiveStorages(existing if named else []) as live:
+        for tensor in existing:
+            tensor.view(2, 2)
+            tensor.data = torch.empty(0)
+        kept = [torch.zeros(4) for _ in range(50)]
+    assert live.level_bytes == sum(tensor.nbytes for tensor in kept)
+
+
 def meet(x: Tensor) -> Tensor:
     y = x * 1
     return (y * 2).sum() + (y * 3).sum() + (y * 4).sum()
@@ -120,6 +134,27 @@ def test_an_allocation_takes_whole_granules() -> None:
         kept = torch.zeros(129, device="meta")
     assert kept.nbytes == 516
     assert live.level_bytes == 1024
+
+
+def test_what_runs_in_another_thread_is_the_engine_s() -> None:
+    """It has one for each GPU; the mode goes with it."""
+
+    def rebuild(x: Tensor) -> None:
+        _push_mode(live)
+        x.exp()
+
+    x = torch.zeros(4)
+    with LiveStorages([x]) as live:
+        x.exp()
+        live.end_forward()
+        thread = threading.Thread(target=rebuild, args=[x])
+        thread.start()
+        thread.join()
+    assert [(s.in_engine, s.by_engine, s.caller) for s in live.storages] == [
+        (False, False, __name__),
+        (True, False, __name__),
+    ]
+    assert _called_by_engine(None)
 
 
 def test_modules_are_called_as_before_afterwards() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from harness.errors import MeasurementError
 from harness.measure.memory import MemoryUse, measure_memory
 
 MIB = 2**20
@@ -63,6 +64,40 @@ def test_what_was_allocated_before_does_not_count_nor_its_release() -> None:
     use = measure_memory(torch.device("cpu"), forward, lambda loss: loss.backward())
     assert use.activation_saved_bytes // MIB == 2
     assert use.activation_peak_bytes // MIB == 3
+
+
+def test_a_release_of_what_an_earlier_measurement_saw_does_not_count() -> None:
+    kept: list[Tensor] = []
+    first = measured(4, 1, kept)
+
+    def forward() -> Tensor:
+        kept.clear()
+        return Twice.apply(torch.ones((), requires_grad=True), 4, 1)  # pyright: ignore[reportReturnType]
+
+    second = measure_memory(torch.device("cpu"), forward, lambda loss: loss.backward())
+    assert first.activation_saved_bytes // MIB == 5
+    assert second.activation_saved_bytes // MIB == 4
+    assert second.activation_peak_bytes // MIB == 5
+
+
+@pytest.mark.parametrize("nested", [torch.profiler.profile, torch.autograd.profiler.profile])
+def test_a_profiler_within_the_step_is_refused(nested: type[torch.profiler.profile]) -> None:
+    """It ends the one that measures, which then sees a part of the step or nothing."""
+
+    def forward() -> Tensor:
+        with nested():
+            return Twice.apply(torch.ones((), requires_grad=True), 1, 1)  # pyright: ignore[reportReturnType]
+
+    with pytest.raises(MeasurementError, match="started a profiler of its own"):
+        measure_memory(torch.device("cpu"), forward, lambda loss: loss.backward())
+
+
+def test_a_profiler_around_the_step_changes_nothing() -> None:
+    alone = measured(3, 2)
+    with torch.profiler.profile():
+        within = measured(3, 2)
+    assert within.activation_peak_bytes == alone.activation_peak_bytes
+    assert within.activation_saved_bytes == alone.activation_saved_bytes
 
 
 def test_the_timeline_holds_the_peak_and_is_in_order() -> None:

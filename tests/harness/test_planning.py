@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from harness.errors import HarnessError
-from harness.planning import print_plan, select_trials
+from harness.planning import select_trials
 from harness.record import Record, Status
 from harness.store import RunStore
-from harness.trials import DataSpec, TrialSpec
+from harness.trials import TrialSpec
 
 TRIALS = [
     TrialSpec(model="revnet", depth=depth, activations=activations)
@@ -52,12 +52,3 @@ def test_what_does_not_exist_is_refused(store: RunStore, options: dict[str, Any]
     defaults: dict[str, Any] = {"only": None, "retry": None, "limit": None}
     with pytest.raises(HarnessError, match=message):
         select_trials(TRIALS, store, **(defaults | options))
-
-
-def test_a_plan_has_a_column_for_what_differs_and_names_the_rest_once(capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = [TrialSpec(model="revnet", data=DataSpec(name="synthetic", image_size=size)) for size in (32, 64)]
-    print_plan(sizes, done=[])
-    head, *rows = capsys.readouterr().out.splitlines()
-    assert head.split() == ["id", "data.image_size", "state"]
-    assert [row.split()[1] for row in rows[:2]] == ["32", "64"]
-    assert "data.name synthetic, data.path None, batch_size 32" in rows[2]

@@ -9,7 +9,7 @@ from harness.trials import expand
 
 
 def test_the_studies_are_shipped() -> None:
-    assert {"quickstart", "depth", "batch", "precision", "zero", "budget", "paper"} <= set(shipped_studies())
+    assert {"quickstart", "depth", "batch", "precision", "zero", "budget", "paper", "limit"} <= set(shipped_studies())
 
 
 @pytest.mark.parametrize("name", shipped_studies())

@@ -59,6 +59,20 @@ def test_the_same_trials_are_the_same_run_whatever_the_wording(store: RunStore) 
     assert study["question"] == "put differently"
 
 
+def test_the_trials_of_a_search_may_grow_and_those_of_a_study_may_not(store: RunStore) -> None:
+    store.open_for(STUDY, ["a"], search="s")
+    store.open_for(STUDY, ["a", "b"], search="s")
+    plan = store.read_plan()
+    assert plan is not None
+    assert plan["trials"] == ["a", "b"]
+    store.open_for(STUDY, ["b", "a"])
+    assert store.read_plan() == plan
+    for trial_ids, search in ((["a"], None), (["a", "b"], "t")):
+        with pytest.raises(StoreError, match="Give another directory with --out"):
+            store.open_for(STUDY | {"name": "other"}, trial_ids, search=search)
+    assert store.read_study() == STUDY
+
+
 def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(StoreError, match=r"holds no plan\.json"):

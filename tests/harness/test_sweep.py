@@ -161,3 +161,42 @@ def test_a_stopped_sweep_goes_on_where_it_stopped(revnet: Command, tmp_path: Pat
     assert third.returncode == 0
     assert "0 run now; 4 of 4 trials done" in third.stdout
     assert contents(store) == now
+
+
+SEARCH = """\
+name: search
+question: How large a batch fits?
+model: revnet
+grid: {batch_size: [1, 2], activations: [stored, reconstructed]}
+fixed: {depth: 14, channels: [8, 8, 8], seed: 3}
+resources: {gpus_per_worker: 0, memory: 192MiB}
+"""
+
+
+def confirmed_rows(stdout: str) -> list[list[str]]:
+    return [words for line in stdout.splitlines() if "confirmed" in (words := line.split())]
+
+
+def test_the_largest_batch_that_fits_is_found_and_confirmed_under_the_limit(revnet: Command, tmp_path: Path) -> None:
+    (tmp_path / "search.yaml").write_text(SEARCH)
+    command = ["run", "search.yaml", "--find", "batch_size"]
+    first = revnet(*command)
+    assert first.returncode == 0, first.stdout + first.stderr
+    store = RunStore(tmp_path / "runs" / "search-find-batch_size")
+    ok = {record.spec["activations"]: record for record in store.read_records() if record.status == "ok"}
+    assert ok["reconstructed"].spec["batch_size"] > ok["stored"].spec["batch_size"] > 2
+    found = [[name, str(ok[name].spec["batch_size"])] for name in ("stored", "reconstructed")]
+    assert [row[:2] for row in confirmed_rows(first.stdout)] == found
+    for record in ok.values():
+        assert record.spec["resources"]["memory_bytes"] == 192 * 2**20
+        assert (record.spec["seed"], record.spec["measured_steps"], record.spec["audit_batch_size"]) == (3, 1, 0)
+        assert record.metrics["allocated_peak_bytes"] <= 192 * 2**20
+
+    kept = contents(store)
+    second = revnet(*command)
+    assert second.returncode == 0
+    assert "trials to run" not in second.stdout
+    assert confirmed_rows(second.stdout) == confirmed_rows(first.stdout)
+    assert contents(store) == kept
+    ordinary = revnet("run", str(Path(store.root, "study.yaml")), "--out", store.root)
+    assert f"0 run now; {len(kept)} of {len(kept)} trials done" in ordinary.stdout, ordinary.stderr

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _len_torch_dispatch_stack
 
 
 class Linear(nn.Module):
@@ -56,3 +57,32 @@ def diverges(*, num_classes: int, **options: Any) -> nn.Module:
     model = Linear(num_classes, lambda: None)
     nn.init.constant_(model.linear.weight, float("nan"))
     return model
+
+
+def profiles_itself(*, num_classes: int, **options: Any) -> nn.Module:
+    """From its third forward on, which is the one whose memory is measured."""
+    calls: list[None] = []
+
+    def profile() -> None:
+        calls.append(None)
+        if len(calls) > 2:
+            with torch.profiler.profile():
+                torch.ones(1)
+
+    return Linear(num_classes, profile)
+
+
+def refuses_dispatch_modes(*, num_classes: int, **options: Any) -> nn.Module:
+    def refuse() -> None:
+        if _len_torch_dispatch_stack():
+            raise NotImplementedError("planted: not under a dispatch mode")
+
+    return Linear(num_classes, refuse)
+
+
+def decides_by_values(*, num_classes: int, **options: Any) -> nn.Module:
+    class Decides(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if x.sum() > 0 else -x)
+
+    return Decides(num_classes, lambda: None)

@@ -1,0 +1,143 @@
+"""The memory figures of real trials: each category by arithmetic, and the attribution beside the plain reading."""
+
+from collections.abc import Callable
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.measure.attribution import CATEGORIES
+from harness.models import create
+from harness.record import Record, TraceRow
+from harness.store import RunStore
+from harness.supervise import supervise
+from harness.trials import TrialSpec
+from tests.harness.conftest import environment
+
+FLOAT = 4
+# The state of the random generator, which blocks keep to replay their draws, and which no operation returns.
+RANDOM_STATES_BYTES = 16 * 2**10
+Run = Callable[..., tuple[Record, list[TraceRow]]]
+
+
+@pytest.fixture
+def run(spec: TrialSpec, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The smallest trial with these changes."""
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+
+    def call(**changes: Any) -> tuple[Record, list[TraceRow]]:
+        done = supervise(spec.model_copy(update=changes), timeout_s=200)
+        return done.record, done.trace
+
+    return call
+
+
+def peak_row(trace: list[TraceRow]) -> dict[str, float]:
+    rows = [row for row in trace if row.table == "memory"]
+    peak = max((row for row in rows if row.name == "live_bytes"), key=lambda row: row.value)
+    return {row.name: row.value for row in rows if row.index == peak.index}
+
+
+@pytest.mark.parametrize("activations", ["stored", "checkpointed", "reconstructed"])
+def test_reconstruction_buffers_are_where_something_is_rebuilt(run: Run, activations: str) -> None:
+    record, trace = run(activations=activations)
+    assert record.status == "ok", record.reason
+    metrics = record.metrics
+    assert (metrics["reconstruction_peak_bytes"] > 0) == (activations != "stored")
+    assert metrics["unattributed_peak_bytes"] <= RANDOM_STATES_BYTES < metrics["activation_peak_bytes"] / 50
+    assert metrics["unmatched_storage_bytes"] == 0
+    assert abs(metrics["attributed_peak_difference_bytes"]) <= metrics["activation_peak_bytes"] / 100
+    assert metrics["measuring_time_ratio"] > 0
+
+    peak = peak_row(trace)
+    attributed_peak_bytes = metrics["activation_peak_bytes"] + metrics["attributed_peak_difference_bytes"]
+    assert peak["live_bytes"] == attributed_peak_bytes
+    held_bytes = metrics["allocated_peak_bytes"] - metrics["activation_peak_bytes"]
+    assert sum(peak[f"{category}_bytes"] for category in CATEGORIES) == held_bytes + attributed_peak_bytes
+    assert sum(row.value for row in trace if row.table == "owners") == attributed_peak_bytes
+
+
+def test_one_rank_holds_the_model_its_gradients_and_its_momentum(run: Run, spec: TrialSpec) -> None:
+    record, _ = run()
+    model, metrics = create(spec), record.metrics
+    parameters = sum(p.numel() for p in model.parameters()) * FLOAT
+    held = {name: metrics[f"{name}_bytes"] for name in ("parameter", "gradient", "optimizer", "buffer", "batch")}
+    assert held == {
+        "parameter": parameters,
+        "gradient": parameters,
+        "optimizer": parameters,
+        "buffer": sum(b.nbytes for b in model.buffers()),
+        "batch": spec.batch_size * (3 * 32 * 32 * FLOAT + 8),
+    }
+    assert metrics["allocated_peak_bytes"] == metrics["activation_peak_bytes"] + sum(held.values())
+    assert record.unmeasured["reserved_peak_bytes"] == "the CPU's allocator reserves nothing"
+    assert metrics["device_used_bytes"] > metrics["allocated_peak_bytes"]
+    assert not [name for name in metrics if name.endswith("_rank_spread_bytes")]
+
+
+def held_by_each_of_two(sizes: list[int], stage: int) -> list[dict[str, int]]:
+    """Elements by arithmetic; `sizes` of the parameters."""
+    workers, whole = 2, sum(sizes)
+    if stage == 3:
+        # Each parameter is divided, and padded to equal parts; those below DeepSpeed's threshold stay whole too.
+        partition = sum(ceil(size / workers) for size in sizes)
+        persistent = sum(size for size in sizes if size <= 100_000)
+        # Beside its gradients a rank keeps the bucket, which the harness makes as large as the model.
+        rank = {"parameter": partition + persistent, "gradient": partition + whole, "optimizer": 2 * partition}
+        return [rank, rank]
+    # All parameters end to end, padded so that each rank's part begins at a multiple of four bytes.
+    padded = ceil(whole / (2 * workers)) * 2 * workers
+    partition = padded // workers
+    ranks = []
+    for rank in range(workers):
+        low, high = rank * partition, (rank + 1) * partition
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        # A parameter that lies in both parts has its whole gradient on both ranks.
+        gradient = sum(size for size, end in zip(sizes, ends, strict=True) if end > low and end - size < high)
+        padding = padded - whole if rank == workers - 1 else 0
+        # Master weights and momentum.
+        ranks.append({"parameter": padded, "gradient": gradient + padding, "optimizer": 2 * partition})
+    return ranks
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_two_ranks_hold_what_zero_leaves_them(run: Run, spec: TrialSpec, zero_stage: int) -> None:
+    record, _ = run(workers=2, zero_stage=zero_stage)
+    assert record.status == "ok", record.reason
+    ranks = held_by_each_of_two([p.numel() for p in create(spec).parameters()], zero_stage)
+    for category in ("parameter", "gradient", "optimizer"):
+        of_ranks = [rank[category] * FLOAT for rank in ranks]
+        assert record.metrics[f"{category}_bytes"] == max(of_ranks), category
+        assert record.metrics[f"{category}_rank_spread_bytes"] == max(of_ranks) - min(of_ranks), category
+    assert record.metrics["unattributed_peak_bytes"] <= RANDOM_STATES_BYTES
+    assert record.metrics["unmatched_storage_bytes"] == 0
+
+
+def test_a_model_that_cannot_be_attributed_keeps_its_figures(run: Run) -> None:
+    record, trace = run(model="faulty_models:refuses_dispatch_modes", depth=None, activations="stored")
+    assert record.status == "ok", record.reason
+    assert record.metrics["activation_peak_bytes"] > 0
+    assert "planted: not under a dispatch mode" in record.unmeasured["attributed_peak_difference_bytes"]
+    assert {row.name for row in trace if row.table == "memory"} == {"time_s", "live_bytes"}
+    assert not [row for row in trace if row.table == "owners"]
+
+
+def test_a_peak_that_would_be_wrong_fails_the_trial(run: Run) -> None:
+    record, _ = run(model="faulty_models:profiles_itself", depth=None, activations="stored")
+    assert record.status == "failed"
+    assert "MeasurementError: the profiler that measures memory was ended during the step" in (record.reason or "")
+    assert "step_median_s" in record.metrics
+    assert "activation_peak_bytes" not in record.metrics
+
+
+def test_a_worker_leaves_exports_when_its_environment_asks(
+    spec: TrialSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    done = supervise(spec.model_copy(update={"workers": 2}), timeout_s=200, exports=["perfetto"])
+    assert done.exports.keys() == {"perfetto"}
+    store = RunStore(tmp_path)
+    store.write_trial(done.record, done.trace, done.log, done.exports)
+    assert store.read_exports(spec.id) == {}
+    assert store.read_exports(done.record.id).keys() == {"perfetto"}
