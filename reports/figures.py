@@ -151,8 +151,9 @@ def drift_by_block(frame: pd.DataFrame, traces: pd.DataFrame) -> go.Figure | Non
         return None
     # Drift depends on network and precision, not on the batch that is timed: one row each.
     keys = [f for f in ("model", "depth", "compute", "reconstruction") if f in shown]
-    if "data.image_size" in shown and shown["data.image_size"].nunique() > 1:
-        keys.append("data.image_size")
+    for field in ("channels", "data.name", "data.image_size"):
+        if field in shown and shown[field].nunique(dropna=False) > 1:
+            keys.append(field)
     shown = shown.sort_values([*keys, "batch_size"]).drop_duplicates(keys)
     labels = [" ".join(str(value) for value in row) for row in shown[keys].itertuples(index=False)]
     blocks = range(int(rel[rel["id"].isin(set(shown["id"]))]["index"].max()) + 1)

@@ -83,19 +83,22 @@ def slope_text(law: pd.Series, *, margin: bool = False) -> str:
     """`3.21 MiB`, and with `margin` `3.21 ± 0.04`: half the width of the slope's interval, where it has one."""
     slope = law["slope_bytes"] / MIB
     digits = 2 if abs(slope) >= 1 else 3
+    if 0 < abs(slope) < 0.5 * 10**-digits:
+        # Small and yet not nothing, as which it would be rounded.
+        digits = -math.floor(math.log10(abs(slope)))
+    text = "0" if slope == 0 else f"{slope:.{digits}f}"
     if not margin:
-        return f"{_fixed(slope, digits)} MiB"
+        return f"{text} MiB"
     half = (law["slope_high_bytes"] - law["slope_low_bytes"]) / 2 / MIB
-    return _fixed(slope, digits) + ("" if math.isnan(half) else f" ± {_fixed(half, digits)}")
+    if math.isnan(half):
+        return text
+    # A plain 0 is of points that are in line to the byte.
+    least = 10**-digits
+    return f"{text} ± " + ("0" if half == 0 else f"<{least:.{digits}f}" if half < least / 2 else f"{half:.{digits}f}")
 
 
 def at_depth(depth: float) -> str:
     return "" if math.isnan(depth) else f" (depth {depth:.0f})"
-
-
-def _fixed(value: float, digits: int) -> str:
-    # What these digits would round away is small and yet not nothing.
-    return "0" if value == 0 else f"{value:.1g}" if abs(value) < 0.5 * 10**-digits else f"{value:.{digits}f}"
 
 
 def _largest(rows: pd.DataFrame, metric: str) -> str:

@@ -64,6 +64,10 @@ def _small(value: float) -> str:
     return "0" if value == 0 else f"{value:.2e}"
 
 
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if 1e3 <= value < 1e7 else f"{value:.4g}"
+
+
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
@@ -87,7 +91,7 @@ _SPELLED = {
 # By the unit at the end of a metric's name; the first that fits.
 _UNITS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("_bytes", " (MiB)", _mib),
-    ("_per_s", "/s", "{:.4g}".format),
+    ("_per_s", "/s", _number),
     ("_s", " (ms)", _ms),
     ("_deg", " (°)", _small),
     ("_rel", ", relative", _small),
@@ -138,7 +142,7 @@ def _column(name: str) -> Column:
         return _SPELLED[name]
     words = name.replace("_", " ")
     if name.startswith("flops_"):
-        return Column(name, f"{words} (GFLOP)", lambda value: f"{value / 1e9:.4g}", more=True)
+        return Column(name, f"{words} (GFLOP)", lambda value: _number(value / 1e9), more=True)
     for ending, unit, show in _UNITS:
         if name.endswith(ending):
             return Column(name, words[: -len(ending)] + unit, show, more=True)
