@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := python3 -m pip --python $(BIN)/python --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: study test peers lint types clean
+.PHONY: study test peers predictions lint types clean
 .DELETE_ON_ERROR:
 
 study: $(VENV)/ready
@@ -20,6 +20,10 @@ peers: export MALLOC_MMAP_THRESHOLD_ := 33554432
 peers: export KINETO_LOG_LEVEL := 99
 peers: $(VENV)/ready-peers
 	$(BIN)/python -m studies.peers
+
+predictions: export KINETO_LOG_LEVEL := 99
+predictions: $(VENV)/ready
+	$(BIN)/python -m studies.predictions
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ import torch
 from harness.record import Record
 from harness.store import RunStore
 from harness.supervise import supervise
-from harness.trials import TrialSpec
+from harness.trials import TrialResources, TrialSpec
 from tests.harness.conftest import environment
 
 METRICS_OF_A_REVERSIBLE_TRIAL = {
@@ -120,17 +120,35 @@ def test_a_model_that_needs_contents_has_no_count_and_trains_all_the_same(spec: 
     assert record.unmeasured["flops_forward"].startswith("the model does not run on tensors without contents")
 
 
-@pytest.mark.parametrize(("of_user", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_waiting_threads_sleep_unless_the_user_says_otherwise(
-    spec: TrialSpec, monkeypatch: pytest.MonkeyPatch, of_user: str | None, policy: str
+@pytest.mark.parametrize(
+    ("of_user", "memory_bytes", "policy", "trim"),
+    [(None, None, "PASSIVE", "4000000000"), (None, 2**33, "PASSIVE", None), ("ACTIVE", None, "ACTIVE", "4000000000")],
+    ids=["as it comes", "with a memory limit", "as the user says"],
+)
+def test_waiting_threads_sleep_and_memory_is_kept_unless_limited(
+    spec: TrialSpec,
+    monkeypatch: pytest.MonkeyPatch,
+    of_user: str | None,
+    memory_bytes: int | None,
+    policy: str,
+    trim: str | None,
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    for name in ("OMP_WAIT_POLICY", "MALLOC_TRIM_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
     if of_user:
         monkeypatch.setenv("OMP_WAIT_POLICY", of_user)
-    raising = spec.model_copy(update={"model": "faulty_models:raises", "depth": None, "activations": "stored"})
-    done = supervise(raising, timeout_s=120)
-    assert done.record.machine["environment"]["OMP_WAIT_POLICY"] == policy
+    raising = spec.model_copy(
+        update={
+            "model": "faulty_models:raises",
+            "depth": None,
+            "activations": "stored",
+            "resources": TrialResources(memory_bytes=memory_bytes),
+        }
+    )
+    settings = supervise(raising, timeout_s=120).record.machine["environment"]
+    assert settings["OMP_WAIT_POLICY"] == policy
+    assert settings.get("MALLOC_TRIM_THRESHOLD_") == trim
 
 
 def test_one_rank_that_fails_ends_the_others(spec: TrialSpec, monkeypatch: pytest.MonkeyPatch) -> None:

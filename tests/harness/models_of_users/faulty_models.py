@@ -78,3 +78,11 @@ def refuses_dispatch_modes(*, num_classes: int, **options: Any) -> nn.Module:
             raise NotImplementedError("planted: not under a dispatch mode")
 
     return Linear(num_classes, refuse)
+
+
+def decides_by_values(*, num_classes: int, **options: Any) -> nn.Module:
+    class Decides(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if x.sum() > 0 else -x)
+
+    return Decides(num_classes, lambda: None)

@@ -1,0 +1,141 @@
+"""Predictions against the allocator's events, and under engines against whole trials."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness.errors import PredictionError
+from harness.predict import Device, Prediction, device_of, predict
+from harness.record import Record
+from harness.store import RunStore
+from harness.supervise import supervise
+from harness.trials import TrialSpec
+from revnet_core import UnsupportedError
+from revnet_core.networks import FAMILIES
+from studies.predictions import PEAK_LIMIT, SAVED_LIMIT, compare, specs
+
+# The cheapest step of each family and mode; `make predictions` runs all of them.
+SMALLEST = list({(spec.model, spec.activations): spec for spec in reversed(list(specs()))}.values())
+CPU = Device("cpu")
+
+
+def check(one: Any) -> None:
+    assert abs(one.saved_error) <= SAVED_LIMIT, one
+    assert abs(one.peak_error) <= PEAK_LIMIT, one
+
+
+@pytest.mark.parametrize("spec", SMALLEST, ids=lambda spec: f"{spec.model}-{spec.activations}")
+def test_a_step_takes_what_was_predicted(spec: TrialSpec) -> None:
+    check(compare(spec))
+
+
+def test_every_family_and_mode_is_compared() -> None:
+    assert {(s.model, s.activations) for s in SMALLEST} == {(m, a) for m, f in FAMILIES.items() for a in f.activations}
+
+
+@pytest.mark.parametrize("activations", ["stored", "checkpointed", "reconstructed"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"compute": "bf16"}, {"reconstruction": "exact"}, {"reconstruction": "fp64"}, {"batch_size": 1}],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_a_step_in_another_precision_takes_what_was_predicted(activations: str, changes: dict[str, Any]) -> None:
+    check(compare(TrialSpec.model_validate({"model": "revnet", "depth": 26, "activations": activations} | changes)))
+
+
+def test_a_misprediction_is_noticed() -> None:
+    """The comparison's negative control: a prediction for another batch size."""
+    spec = SMALLEST[0]
+    right = compare(spec)
+    other = predict(spec.model_copy(update={"batch_size": spec.batch_size + 1}), CPU)
+    wrong = right._replace(predicted_peak_bytes=other.activation_peak_bytes)
+    with pytest.raises(AssertionError):
+        check(wrong)
+
+
+# Under an engine
+
+
+def trial(tmp_path: Path, **changes: Any) -> Record:
+    spec = TrialSpec.model_validate(
+        {"model": "revnet", "depth": 26, "batch_size": 4, "warmup_steps": 1, "measured_steps": 1}
+        | {"audit_batch_size": 0}
+        | changes
+    )
+    done = supervise(spec, timeout_s=200)
+    assert done.record.status == "ok", done.record.reason
+    RunStore(tmp_path).write_trial(done.record)
+    return done.record
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"zero_stage": 0, "activations": "reconstructed"},
+        # More bytes of gradients than of activations.
+        {"zero_stage": 0, "activations": "reconstructed", "batch_size": 1, "channels": [8, 8, 256]},
+        {"zero_stage": 1, "activations": "stored", "workers": 2},
+        {"zero_stage": 2, "activations": "reconstructed", "compute": "bf16", "workers": 2},
+        {"zero_stage": 3, "activations": "checkpointed", "workers": 2},
+    ],
+    ids=lambda changes: f"zero{changes['zero_stage']}",
+)
+def test_a_trial_has_its_prediction_beside_the_measurement(tmp_path: Path, changes: dict[str, Any]) -> None:
+    metrics = trial(tmp_path, **changes).metrics
+    for name, limit in (("activation_saved", SAVED_LIMIT), ("activation_peak", PEAK_LIMIT), ("allocated_peak", 0.05)):
+        assert metrics[f"predicted_{name}_bytes"] == pytest.approx(metrics[f"{name}_bytes"], rel=limit), name
+    for name in ("parameter", "optimizer", "buffer", "batch"):
+        assert metrics[f"predicted_{name}_bytes"] == metrics[f"{name}_bytes"], name
+    assert metrics["predicted_gradient_bytes"] == pytest.approx(metrics["gradient_bytes"], rel=0.25)
+
+
+# Without a device, and what cannot be
+
+
+def test_a_gpu_s_step_is_predicted_without_one() -> None:
+    found: dict[str, Prediction] = {
+        activations: predict(
+            TrialSpec.model_validate({"model": "revnet", "depth": 38, "activations": activations, "compute": "fp16"}),
+            Device("cuda"),
+        )
+        for activations in ("stored", "offloaded", "reconstructed")
+    }
+    assert all(p.activation_peak_bytes % 512 == 0 for p in found.values())  # the caching allocator's granules
+    saved = {name: p.activation_saved_bytes for name, p in found.items()}
+    assert saved["offloaded"] < saved["reconstructed"] < saved["stored"] / 2
+    # On the CPU what is saved is on the host already, and stays.
+    on_cpu = predict(TrialSpec(model="revnet", depth=38, activations="offloaded"), CPU)
+    assert on_cpu == predict(TrialSpec(model="revnet", depth=38, activations="stored"), CPU)
+
+
+def test_a_prediction_allocates_nothing_of_what_it_predicts() -> None:
+    huge = TrialSpec(model="resnet", depth=32, batch_size=1_000_000, activations="stored")
+    assert predict(huge, CPU).activation_peak_bytes > 2 * 2**40
+
+
+def test_predicting_leaves_the_random_generator_and_the_threads_alone() -> None:
+    before = torch.get_rng_state()
+    predict(TrialSpec(model="revnet", depth=14), CPU)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_what_a_trial_would_be_refused_for_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="not on a CPU"):
+        predict(TrialSpec(model="revnet", depth=14, compute="fp16"), CPU)
+    with pytest.raises(UnsupportedError, match="not reversible"):
+        predict(TrialSpec(model="resnet", depth=14, activations="reconstructed"), CPU)
+
+
+def test_a_model_that_decides_by_values_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "models_of_users"))
+    with pytest.raises(PredictionError, match=r"cannot be predicted: .* branch on shapes, not on values"):
+        predict(TrialSpec(model="faulty_models:decides_by_values", depth=None, activations="stored"), CPU)
+
+
+def test_the_device_is_the_one_that_the_trial_would_run_on() -> None:
+    asks = TrialSpec.from_json('{"model": "revnet", "resources": {"gpus_per_worker": 1, "cpus_per_worker": 3}}')
+    refuses = TrialSpec.from_json('{"model": "revnet", "resources": {"gpus_per_worker": 0}}')
+    assert device_of(asks) == Device("cuda", 3)
+    assert device_of(refuses) == Device("cpu", 1)
