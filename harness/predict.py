@@ -18,7 +18,7 @@ from harness.measure.kernels import CpuKernels
 from harness.measure.live import LiveStorages, Phase
 from harness.models import create, loss_of
 from harness.trials import TrialSpec
-from harness.zero import ModelSize, bucket_bytes, divided, gradients_pile_up, held_at_start
+from harness.zero import ModelSize, bucket_bytes, divided, flattened_bytes, gradients_pile_up, held_at_start
 from revnet_core import UnsupportedError
 from revnet_core.offload import standing_for_a_device
 from revnet_core.precision import AUTOCAST_DTYPES
@@ -126,6 +126,11 @@ def with_engine(spec: TrialSpec, step: StepMemory) -> Prediction:
     levels = [peak.level_bytes + buckets_bytes * (peak.phase == "backward") for peak in step.peaks]
     peak_bytes = max(levels)
     highest = step.peaks[levels.index(peak_bytes)]
+    peak_at = f"{highest.operation} in the {highest.phase} of {highest.place}"
+    # What is rebuilt or stored is gone by then, so the higher of the two is the peak.
+    copied_bytes = flattened_bytes(spec.zero_stage, step.model)
+    if copied_bytes > peak_bytes:
+        peak_bytes, peak_at = copied_bytes, "DeepSpeed's copy of the gradients, after the backward"
     return Prediction(
         activation_saved_bytes=step.saved_bytes,
         activation_peak_bytes=peak_bytes,
@@ -136,7 +141,7 @@ def with_engine(spec: TrialSpec, step: StepMemory) -> Prediction:
         buffer_bytes=state.buffer_bytes,
         batch_bytes=step.batch_bytes,
         blocks=step.blocks,
-        peak_at=f"{highest.operation} in the {highest.phase} of {highest.place}",
+        peak_at=peak_at,
     )
 
 

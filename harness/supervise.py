@@ -25,14 +25,13 @@ from harness.trials import TrialSpec
 from harness.worker import PARENT_PID
 
 LOG_TAIL_BYTES = 4 * 2**20
+# glibc's own first thresholds, fixed: left alone, they rise with what is freed, to tensors of 32 MiB.
+GIVE_MEMORY_BACK = {"MALLOC_TRIM_THRESHOLD_": str(2**17), "MALLOC_MMAP_THRESHOLD_": str(2**17)}
 # Long enough to print the stacks of a process that hangs.
 STACKS_S = 1.0
 # glibc gives memory back and takes it again, page by page, in each step. Kept, as CUDA's caching allocator keeps it, a
 # step has no page faults. 32 MiB is the most that glibc takes for the size from which it maps each block anew.
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "33554432"}
-# For a trial under a limit, which counts what the process holds: glibc would come to keep freed tensors of up to 32 MiB
-# if its thresholds were not fixed, here at the values that they start with.
-GIVE_BACK_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}
 
 
 class Supervised(NamedTuple):
@@ -104,7 +103,8 @@ def _environment(spec: TrialSpec) -> dict[str, str]:
     threads = str(spec.resources.cpus_per_worker)
     # Threads that wait by spinning make a step up to ten times longer where another process shares their cores.
     unless_set = {"OMP_WAIT_POLICY": "PASSIVE"}
-    unless_set |= KEEP_MEMORY if spec.resources.memory_bytes is None else GIVE_BACK_MEMORY
+    # A limit counts what the process keeps, so a trial that has one gives back what it frees.
+    unless_set |= KEEP_MEMORY if spec.resources.memory_bytes is None else GIVE_MEMORY_BACK
     return {
         **unless_set,
         **os.environ,

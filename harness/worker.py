@@ -94,6 +94,9 @@ def run_trial(spec: TrialSpec) -> Finished:
     except HarnessError:
         raise
     except Exception as error:  # noqa: BLE001 - a trial may fail in any way, and each way is a record
+        if result.device.type == "cpu":
+            # What is left of the limit may not be enough to write the record with.
+            training.limit_memory(result.device, None)
         traceback.print_exc()
         status, reason = classify(error)
         if status == "oom" and spec.resources.memory_bytes is not None:

@@ -10,6 +10,8 @@ from revnet_core.precision import AUTOCAST_DTYPES
 # DeepSpeed's own default: stage 3 keeps parameters of no more elements whole, too.
 PERSISTENCE_THRESHOLD = 100_000
 FP32_BYTES = 4
+# DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE, which it has no setting for.
+FLATTENED_ELEMENTS = 500_000_000
 
 
 class ModelSize(NamedTuple):
@@ -92,6 +94,11 @@ def bucket_bytes(spec: TrialSpec, model: ModelSize) -> int:
         return 0
     dtypes = 1 if AUTOCAST_DTYPES[spec.compute] is None else 2
     return dtypes * (2 if options.get("overlap_comm") else 1) * one_bucket_bytes(spec, model)
+
+
+def flattened_bytes(stage: int, model: ModelSize) -> int:
+    """Of the copy in which stage 0 reduces gradients, at the end of each backward, on a single rank too."""
+    return min(model.trained_bytes, FLATTENED_ELEMENTS * FP32_BYTES) if stage == 0 else 0
 
 
 def one_bucket_bytes(spec: TrialSpec, model: ModelSize) -> int:

@@ -15,6 +15,7 @@ from harness.record import Record
 from harness.store import RunStore
 from harness.supervise import supervise
 from harness.trials import TrialResources, TrialSpec
+from harness.worker import run_trial
 from tests.harness.conftest import environment
 
 METRICS_OF_A_REVERSIBLE_TRIAL = {
@@ -122,7 +123,11 @@ def test_a_model_that_needs_contents_has_no_count_and_trains_all_the_same(spec: 
 
 @pytest.mark.parametrize(
     ("of_user", "memory_bytes", "policy", "trim"),
-    [(None, None, "PASSIVE", "4000000000"), (None, 2**33, "PASSIVE", None), ("ACTIVE", None, "ACTIVE", "4000000000")],
+    [
+        (None, None, "PASSIVE", "4000000000"),
+        (None, 2**33, "PASSIVE", "131072"),
+        ("ACTIVE", None, "ACTIVE", "4000000000"),
+    ],
     ids=["as it comes", "with a memory limit", "as the user says"],
 )
 def test_waiting_threads_sleep_and_memory_is_kept_unless_limited(
@@ -131,7 +136,7 @@ def test_waiting_threads_sleep_and_memory_is_kept_unless_limited(
     of_user: str | None,
     memory_bytes: int | None,
     policy: str,
-    trim: str | None,
+    trim: str,
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
     for name in ("OMP_WAIT_POLICY", "MALLOC_TRIM_THRESHOLD_"):
@@ -149,6 +154,24 @@ def test_waiting_threads_sleep_and_memory_is_kept_unless_limited(
     settings = supervise(raising, timeout_s=120).record.machine["environment"]
     assert settings["OMP_WAIT_POLICY"] == policy
     assert settings.get("MALLOC_TRIM_THRESHOLD_") == trim
+
+
+def test_a_record_is_written_without_the_limit_that_the_trial_ran_out_of(
+    spec: TrialSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from harness import training
+
+    limits: list[int | None] = []
+
+    def run_out(spec: TrialSpec, *rest: object) -> None:
+        training.limit_memory(torch.device("cpu"), spec.resources.memory_bytes)
+        raise MemoryError
+
+    monkeypatch.setattr(training, "limit_memory", lambda device, memory_bytes: limits.append(memory_bytes))
+    monkeypatch.setattr(training, "train", run_out)
+    limited = spec.model_copy(update={"resources": TrialResources(memory_bytes=2**20)})
+    assert run_trial(limited).record.status == "oom"
+    assert limits == [2**20, None]
 
 
 def test_one_rank_that_fails_ends_the_others(spec: TrialSpec, monkeypatch: pytest.MonkeyPatch) -> None:
