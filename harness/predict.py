@@ -58,6 +58,10 @@ class StepMemory:
     batch_bytes: int
     blocks: int | None
 
+    @property
+    def peak_bytes(self) -> int:
+        return max(peak.level_bytes for peak in self.peaks)
+
 
 @dataclass(frozen=True)
 class Prediction:

@@ -18,7 +18,7 @@ from torch import nn
 
 from harness.measure.memory import measure_memory
 from harness.models import create, loss_of
-from harness.predict import Device, predict
+from harness.predict import Device, step_memory
 from harness.trials import DataSpec, TrialSpec
 from revnet_core.networks import FAMILIES
 
@@ -83,14 +83,8 @@ def compare(spec: TrialSpec) -> Compared:
     forward().backward()
     _collect(model)
     use = measure_memory(torch.device("cpu"), forward, lambda loss: loss.backward())
-    predicted = predict(spec, Device("cpu", torch.get_num_threads()))
-    return Compared(
-        spec,
-        use.activation_saved_bytes,
-        use.activation_peak_bytes,
-        predicted.activation_saved_bytes,
-        predicted.activation_peak_bytes,
-    )
+    step = step_memory(spec, Device("cpu", torch.get_num_threads()))
+    return Compared(spec, use.activation_saved_bytes, use.activation_peak_bytes, step.saved_bytes, step.peak_bytes)
 
 
 def _collect(model: nn.Module) -> None:

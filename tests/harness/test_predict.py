@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from harness.errors import PredictionError
-from harness.predict import Device, Prediction, device_of, predict
+from harness.predict import Device, Prediction, device_of, predict, step_memory
 from harness.record import Record
 from harness.store import RunStore
 from harness.supervise import supervise
@@ -54,8 +54,8 @@ def test_a_misprediction_is_noticed() -> None:
     """The comparison's negative control: a prediction for another batch size."""
     spec = SMALLEST[0]
     right = compare(spec)
-    other = predict(spec.model_copy(update={"batch_size": spec.batch_size + 1}), CPU)
-    wrong = right._replace(predicted_peak_bytes=other.activation_peak_bytes)
+    other = step_memory(spec.model_copy(update={"batch_size": spec.batch_size + 1}), CPU)
+    wrong = right._replace(predicted_peak_bytes=other.peak_bytes)
     with pytest.raises(AssertionError):
         check(wrong)
 
