@@ -34,9 +34,10 @@ class Fit(NamedTuple):
         needed_bytes = prediction.allocated_peak_bytes
         if needed_bytes <= memory_bytes:
             return cls("yes" if needed_bytes <= TIGHT * memory_bytes else "tight")
+        others_bytes = prediction.activation_peak_bytes - prediction.activation_saved_bytes
         parts = {
             "saved activations": prediction.activation_saved_bytes,
-            "other activations and temporaries": prediction.activation_peak_bytes - prediction.activation_saved_bytes,
+            f"other activations and temporaries ({prediction.peak_at})": others_bytes,
             "parameters": prediction.parameter_bytes,
             "gradients": prediction.gradient_bytes,
             "optimizer": prediction.optimizer_bytes,
