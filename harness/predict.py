@@ -16,7 +16,7 @@ from harness.data import CHANNELS
 from harness.errors import HarnessError, PredictionError
 from harness.measure.kernels import CpuKernels
 from harness.measure.live import LiveStorages, Phase
-from harness.models import create, loss_of
+from harness.models import check_model, create, loss_of
 from harness.trials import TrialSpec
 from harness.zero import ModelSize, bucket_bytes, divided, flattened_bytes, gradients_pile_up, held_at_start
 from revnet_core import UnsupportedError
@@ -109,8 +109,10 @@ def step_memory(spec: TrialSpec, device: Device) -> StepMemory:
     """
     if device.kind == "cpu" and spec.compute in ("fp16", "tf32"):
         raise UnsupportedError(f"compute = {spec.compute!r}: not on a CPU. Use bf16 or fp32, or a GPU.")
+    # Imported outside the mode: what a user's module makes at its import would be fake for good.
+    check_model(spec.model, spec.depth, spec.channels)
     standing_in = standing_for_a_device() if device.kind == "cuda" else contextlib.nullcontext()
-    with FakeTensorMode(), standing_in:
+    with FakeTensorMode(allow_non_fake_inputs=True), standing_in:
         try:
             return _step_memory(spec, device)
         except (HarnessError, UnsupportedError):

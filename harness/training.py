@@ -20,7 +20,7 @@ from harness.measure.drift import DRIFT_METRICS, measure_drift
 from harness.measure.flops import measure_flops, utilization
 from harness.measure.machine import device_name
 from harness.measure.timing import summarize, time_step
-from harness.models import create, loss_of
+from harness.models import check_model, create, loss_of
 from harness.predict import PREDICTED_METRICS, Device, predict
 from harness.record import TraceRow
 from harness.trials import TrialSpec
@@ -55,6 +55,8 @@ def train(spec: TrialSpec, scratch: Path, result: Result) -> None:
     if device.type == "cpu":
         torch.set_num_threads(spec.resources.cpus_per_worker)
     set_compute(spec.compute)
+    # Imported before tensors without contents are about: what a user's module makes then would be fake for good.
+    check_model(spec.model, spec.depth, spec.channels)
     # Before the limit, and long before what is measured: what the counting leaves behind is a part of neither.
     counted, uncounted = count_flops(spec)
     result.metrics |= counted

@@ -138,6 +138,15 @@ def test_a_model_that_decides_by_values_says_so(monkeypatch: pytest.MonkeyPatch)
         predict(TrialSpec(model="faulty_models:decides_by_values", depth=None, activations="stored"), CPU)
 
 
+def test_a_constant_from_elsewhere_is_no_hindrance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "models_of_users"))
+    spec = TrialSpec(model="faulty_models:centred", depth=None, batch_size=4, activations="stored")
+    assert predict(spec, CPU).activation_saved_bytes >= 4 * 3 * 32 * 32 * 4
+    import faulty_models  # pyright: ignore[reportMissingImports]
+
+    assert type(faulty_models.MEAN) is torch.Tensor  # and not a fake one, of an import under the mode
+
+
 def test_the_device_is_the_one_that_the_trial_would_run_on() -> None:
     asks = TrialSpec.from_json('{"model": "revnet", "resources": {"gpus_per_worker": 1, "cpus_per_worker": 3}}')
     refuses = TrialSpec.from_json('{"model": "revnet", "resources": {"gpus_per_worker": 0}}')
