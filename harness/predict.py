@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from harness.data import CHANNELS
 from harness.errors import HarnessError, PredictionError
+from harness.measure.fakes import blank_batch, fake_tensors, first_line, forward_loss
 from harness.measure.kernels import CpuKernels
 from harness.measure.live import LiveStorages, Phase
 from harness.models import check_model, create, loss_of
@@ -112,16 +111,15 @@ def step_memory(spec: TrialSpec, device: Device) -> StepMemory:
     # Imported outside the mode: what a user's module makes at its import would be fake for good.
     check_model(spec.model, spec.depth, spec.channels)
     standing_in = standing_for_a_device() if device.kind == "cuda" else contextlib.nullcontext()
-    with FakeTensorMode(allow_non_fake_inputs=True), standing_in:
+    with fake_tensors(), standing_in:
         try:
             return _step_memory(spec, device)
         except (HarnessError, UnsupportedError):
             raise
         except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
             raise PredictionError(
-                f"{spec.model} cannot be predicted: {type(error).__name__}: {lines[0]}. Its step has to run on "
-                "tensors without contents (torch's FakeTensorMode): branch on shapes, not on values."
+                f"{spec.model} cannot be predicted: {first_line(error)}. Its step has to run on tensors without "
+                "contents (torch's FakeTensorMode): branch on shapes, not on values."
             ) from error
 
 
@@ -153,39 +151,30 @@ def with_engine(spec: TrialSpec, step: StepMemory) -> Prediction:
 
 def _step_memory(spec: TrialSpec, device: Device) -> StepMemory:
     model = create(spec)
-    size = spec.data.image_size
-    x = torch.empty(spec.batch_size, CHANNELS, size, size)
-    labels = torch.zeros(spec.batch_size, dtype=torch.long)
+    batch = blank_batch((spec.batch_size, CHANNELS, spec.data.image_size, spec.data.image_size))
+    autocast = AUTOCAST_DTYPES[spec.compute]
     trained = [p for p in model.parameters() if p.requires_grad]
     if not gradients_pile_up(spec.zero_stage):
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
     # The first forward finds out what later ones rely on: a budget's blocks, which nets change their input.
-    _forward(model, x, labels, spec.compute)
+    forward_loss(model, loss_of, batch, autocast)
     gradients = [p.grad for p in trained if p.grad is not None]
     on_gpu = device.kind == "cuda"
     live = LiveStorages(
-        [*model.parameters(), *model.buffers(), *gradients, x, labels],
+        [*model.parameters(), *model.buffers(), *gradients, *batch],
         kernel_peak=None if on_gpu else CpuKernels.of_this_machine(device.threads),
         model=model,
         granularity_bytes=CUDA_GRANULARITY_BYTES if on_gpu else 1,
     )
     with live:
-        loss = _forward(model, x, labels, spec.compute)
+        loss = forward_loss(model, loss_of, batch, autocast)
         saved_bytes = live.end_forward()
         loss.backward()
     return StepMemory(
         saved_bytes=saved_bytes,
         peaks=tuple(PlacePeak(*where, peak.level_bytes, peak.operation) for where, peak in live.peaks.items()),
         model=ModelSize.of(model),
-        batch_bytes=x.nbytes + labels.nbytes,
+        batch_bytes=sum(tensor.nbytes for tensor in batch),
         blocks=getattr(model, "blocks", None),
     )
-
-
-def _forward(model: nn.Module, x: Tensor, labels: Tensor, compute: str) -> Tensor:
-    dtype = AUTOCAST_DTYPES[compute]
-    # As the engine's own around the model.
-    with contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype):
-        logits = model(x)
-    return loss_of(logits, labels)

@@ -5,25 +5,23 @@ and the addition of its product are two operations. Additions of streams, normal
 not counted.
 """
 
-import contextlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
+from harness.measure.fakes import Batch, Loss, blank_batch, fake_tensors, first_line, forward_loss
 from harness.measure.peaks import peak_flops_per_s
 
 NAMES = ("flops_forward", "flops_backward", "flops_recompute")
 # Where an operator without a formula has no product in it, but for those of such a name.
 _TORCH_S_OWN = frozenset({"aten", "prim", "prims", "profiler", "c10d", "_c10d_functional", "c10d_functional"})
 _PRODUCT = re.compile(r"mm(_|$)|attention|conv(?!ert)|rnn|lstm|gru")
-Loss = Callable[[Tensor, Tensor], Tensor]
 # From a choice of activations to a model.
 Build = Callable[[str], nn.Module]
 
@@ -110,7 +108,7 @@ class FlopCount(TorchDispatchMode):
 def count_step(
     model: nn.Module,
     loss: Loss,
-    batch: tuple[Tensor, Tensor],
+    batch: Batch,
     *,
     autocast: torch.dtype | None = None,
     forwards: int = 1,
@@ -122,17 +120,10 @@ def count_step(
 
     Raises UncountedError, and what the model raises.
     """
-    x, labels = batch
-
-    def forward() -> Tensor:
-        with contextlib.nullcontext() if autocast is None else torch.autocast(x.device.type, dtype=autocast):
-            out = model(x)
-        return loss(out, labels)
-
     for _ in range(forwards - 1):
-        forward().backward()
+        forward_loss(model, loss, batch, autocast).backward()
     with FlopCount() as count:
-        out = forward()
+        out = forward_loss(model, loss, batch, autocast)
         count.end_forward()
         out.backward()
     return count.result()
@@ -159,21 +150,17 @@ def measure_flops(
     """
 
     def count(choice: str) -> StepFlops:
-        batch = torch.zeros(image_shape), torch.zeros(image_shape[0], dtype=torch.long)
         forwards = 2 if choice == "budgeted" else 1
-        return count_step(build(choice), loss, batch, autocast=autocast, forwards=forwards)
+        return count_step(build(choice), loss, blank_batch(image_shape), autocast=autocast, forwards=forwards)
 
-    # A compiled model would run in kernels that no formula knows.
-    as_eager = torch.compiler.set_stance("force_eager")
     try:
-        with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True), as_eager:
+        with fake_tensors():
             stored = count("stored")
             own = stored if activations == "stored" else count(activations)
     except UncountedError as error:
         return {}, dict.fromkeys(NAMES, str(error))
     except Exception as error:  # noqa: BLE001 - without contents a model may fail in any way; its trial may not
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        reason = f"the model does not run on tensors without contents: {type(error).__name__}: {first_line}"
+        reason = f"the model does not run on tensors without contents: {first_line(error)}"
         return {}, dict.fromkeys(NAMES, reason)
     recompute = own.forward + own.backward - stored.forward - stored.backward
     return dict(zip(NAMES, (own.forward, stored.backward, recompute), strict=True)), {}

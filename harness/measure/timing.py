@@ -6,9 +6,9 @@ from statistics import median, quantiles
 
 import numpy as np
 import torch
-from scipy.stats import bootstrap
 
 CONFIDENCE = 0.95
+RESAMPLES = 10_000
 # Of fewer values a resampled median is one of them as often as not, and the interval is their range.
 INTERVAL_STEPS = 3
 # Fixed, so that the same times give the same interval.
@@ -78,12 +78,12 @@ def _why_no_interval(step_s: Sequence[float]) -> str | None:
 
 
 def _interval(step_s: Sequence[float]) -> tuple[float, float]:
-    result = bootstrap(
-        (np.asarray(step_s),),
-        np.median,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        batch=RESAMPLES_AT_ONCE,
-        rng=np.random.default_rng(SEED),
+    """Of the median, by the percentile bootstrap: what `scipy.stats.bootstrap` gives, whose import would be a tenth of
+    a small trial. Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13."""
+    times, rng = np.asarray(step_s), np.random.default_rng(SEED)
+    draws = (
+        rng.integers(len(times), size=(RESAMPLES_AT_ONCE, len(times))) for _ in range(RESAMPLES // RESAMPLES_AT_ONCE)
     )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+    medians = np.concatenate([np.median(times[drawn], axis=1) for drawn in draws])
+    low, high = np.quantile(medians, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+    return float(low), float(high)

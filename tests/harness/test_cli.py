@@ -34,12 +34,12 @@ fixed: {batch_size: 2}
     ],
 )
 def test_bad_studies_are_refused_with_their_place(
-    revnet: Command, tmp_path: Path, old: str, new: str, place: str, message: str
+    revnet_here: Command, tmp_path: Path, old: str, new: str, place: str, message: str
 ) -> None:
     assert old in STUDY
     (tmp_path / "study.yaml").write_text(STUDY.replace(old, new))
     for command in ("plan", "run"):
-        done = revnet(command, "study.yaml")
+        done = revnet_here(command, "study.yaml")
         assert done.returncode == 2, done.stdout
         assert place in done.stderr
         assert message in done.stderr
@@ -54,28 +54,28 @@ def test_a_plan_lists_every_trial_and_starts_nothing(revnet: Command, tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_plan_says_what_does_not_fit(revnet: Command, tmp_path: Path) -> None:
+def test_a_plan_says_what_does_not_fit(revnet_here: Command, tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text(STUDY)
-    done = revnet("plan", "study.yaml", "--memory", "1MiB", "--device", "cuda")
+    done = revnet_here("plan", "study.yaml", "--memory", "1MiB", "--device", "cuda")
     assert done.returncode == 0, done.stderr
     assert "1 predicted not to fit" in done.stdout
-    wrong = revnet("plan", "study.yaml", "--memory", "80GB")
+    wrong = revnet_here("plan", "study.yaml", "--memory", "80GB")
     assert wrong.returncode == 2
     assert "write 80GiB" in wrong.stderr
 
 
-def test_a_run_directory_of_another_study_is_refused(revnet: Command, tmp_path: Path) -> None:
+def test_a_run_directory_of_another_study_is_refused(revnet_here: Command, tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text(STUDY)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "plan.json").write_text('{"schema": 1, "name": "other", "hash": "00", "trials": ["a"]}')
-    done = revnet("run", "study.yaml", "--out", "run")
+    done = revnet_here("run", "study.yaml", "--out", "run")
     assert done.returncode == 2
     assert "run of another study: 'other'" in done.stderr
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["plan.json"]
 
 
-def test_a_report_of_nothing_is_refused(revnet: Command, tmp_path: Path) -> None:
-    done = revnet("report", "nowhere")
+def test_a_report_of_nothing_is_refused(revnet_here: Command, tmp_path: Path) -> None:
+    done = revnet_here("report", "nowhere")
     assert done.returncode == 2
     assert "no run here" in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -105,27 +105,27 @@ def test_what_cannot_be_placed_is_refused_before_it_starts(revnet: Command, tmp_
     ],
 )
 def test_a_search_that_asks_nothing_clear_is_refused(
-    revnet: Command, tmp_path: Path, options: list[str], message: str
+    revnet_here: Command, tmp_path: Path, options: list[str], message: str
 ) -> None:
     if not options[2:] and torch.cuda.is_available():
         pytest.skip("this machine has a GPU, whose memory is the limit where none is given")
     (tmp_path / "study.yaml").write_text(STUDY)
-    done = revnet("run", "study.yaml", *options)
+    done = revnet_here("run", "study.yaml", *options)
     assert done.returncode == 2, done.stdout
     assert message in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["study.yaml"]
 
 
-def test_where_nothing_fits_nothing_runs(revnet: Command, tmp_path: Path) -> None:
+def test_where_nothing_fits_nothing_runs(revnet_here: Command, tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text(STUDY)
-    done = revnet("run", "study.yaml", "--find", "depth", "--memory", "1MiB")
+    done = revnet_here("run", "study.yaml", "--find", "depth", "--memory", "1MiB")
     assert done.returncode == 0, done.stderr
     assert "not even depth 14 fits, which needs" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["study.yaml"]
 
 
-def test_models_lists_the_families(revnet: Command) -> None:
-    done = revnet("models")
+def test_models_lists_the_families(revnet_here: Command) -> None:
+    done = revnet_here("models")
     assert "resnet" in done.stdout
     assert "12n+2" in done.stdout
 

@@ -1,36 +1,21 @@
 """The memory figures of real trials: each category by arithmetic, and the attribution beside the plain reading."""
 
-from collections.abc import Callable
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from harness.measure.attribution import CATEGORIES
 from harness.models import create
-from harness.record import Record, TraceRow
+from harness.record import TraceRow
 from harness.store import RunStore
 from harness.supervise import supervise
 from harness.trials import TrialSpec
-from tests.harness.conftest import environment
+from tests.harness.conftest import Trial, environment
 
 FLOAT = 4
 # The state of the random generator, which blocks keep to replay their draws, and which no operation returns.
 RANDOM_STATES_BYTES = 16 * 2**10
-Run = Callable[..., tuple[Record, list[TraceRow]]]
-
-
-@pytest.fixture
-def run(spec: TrialSpec, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """The smallest trial with these changes."""
-    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
-
-    def call(**changes: Any) -> tuple[Record, list[TraceRow]]:
-        done = supervise(spec.model_copy(update=changes), timeout_s=200)
-        return done.record, done.trace
-
-    return call
 
 
 def peak_row(trace: list[TraceRow]) -> dict[str, float]:
@@ -40,8 +25,8 @@ def peak_row(trace: list[TraceRow]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("activations", ["stored", "checkpointed", "reconstructed"])
-def test_reconstruction_buffers_are_where_something_is_rebuilt(run: Run, activations: str) -> None:
-    record, trace = run(activations=activations)
+def test_reconstruction_buffers_are_where_something_is_rebuilt(trial: Trial, spec: TrialSpec, activations: str) -> None:
+    record, trace = trial(spec, activations=activations)[:2]
     assert record.status == "ok", record.reason
     metrics = record.metrics
     assert (metrics["reconstruction_peak_bytes"] > 0) == (activations != "stored")
@@ -58,8 +43,8 @@ def test_reconstruction_buffers_are_where_something_is_rebuilt(run: Run, activat
     assert sum(row.value for row in trace if row.table == "owners") == attributed_peak_bytes
 
 
-def test_one_rank_holds_the_model_its_gradients_and_its_momentum(run: Run, spec: TrialSpec) -> None:
-    record, _ = run()
+def test_one_rank_holds_the_model_its_gradients_and_its_momentum(trial: Trial, spec: TrialSpec) -> None:
+    record = trial(spec).record
     model, metrics = create(spec), record.metrics
     parameters = sum(p.numel() for p in model.parameters()) * FLOAT
     held = {name: metrics[f"{name}_bytes"] for name in ("parameter", "gradient", "optimizer", "buffer", "batch")}
@@ -102,8 +87,8 @@ def held_by_each_of_two(sizes: list[int], stage: int) -> list[dict[str, int]]:
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_two_ranks_hold_what_zero_leaves_them(run: Run, spec: TrialSpec, zero_stage: int) -> None:
-    record, _ = run(workers=2, zero_stage=zero_stage)
+def test_two_ranks_hold_what_zero_leaves_them(trial: Trial, spec: TrialSpec, zero_stage: int) -> None:
+    record = trial(spec, workers=2, zero_stage=zero_stage).record
     assert record.status == "ok", record.reason
     ranks = held_by_each_of_two([p.numel() for p in create(spec).parameters()], zero_stage)
     for category in ("parameter", "gradient", "optimizer"):
@@ -114,8 +99,8 @@ def test_two_ranks_hold_what_zero_leaves_them(run: Run, spec: TrialSpec, zero_st
     assert record.metrics["unmatched_storage_bytes"] == 0
 
 
-def test_a_model_that_cannot_be_attributed_keeps_its_figures(run: Run) -> None:
-    record, trace = run(model="faulty_models:refuses_dispatch_modes", depth=None, activations="stored")
+def test_a_model_that_cannot_be_attributed_keeps_its_figures(trial: Trial, spec: TrialSpec) -> None:
+    record, trace = trial(spec, model="faulty_models:refuses_dispatch_modes", depth=None, activations="stored")[:2]
     assert record.status == "ok", record.reason
     assert record.metrics["activation_peak_bytes"] > 0
     assert "planted: not under a dispatch mode" in record.unmeasured["attributed_peak_difference_bytes"]
@@ -123,19 +108,22 @@ def test_a_model_that_cannot_be_attributed_keeps_its_figures(run: Run) -> None:
     assert not [row for row in trace if row.table == "owners"]
 
 
-def test_a_peak_that_would_be_wrong_fails_the_trial(run: Run) -> None:
-    record, _ = run(model="faulty_models:profiles_itself", depth=None, activations="stored")
+def test_a_peak_that_would_be_wrong_fails_the_trial(trial: Trial, spec: TrialSpec) -> None:
+    record = trial(spec, model="faulty_models:profiles_itself", depth=None, activations="stored").record
     assert record.status == "failed"
     assert "MeasurementError: the profiler that measures memory was ended during the step" in (record.reason or "")
     assert "step_median_s" in record.metrics
     assert "activation_peak_bytes" not in record.metrics
 
 
-def test_a_worker_leaves_exports_when_its_environment_asks(
+def test_two_ranks_end_in_one_record_with_the_exports_that_were_asked_for(
     spec: TrialSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
     done = supervise(spec.model_copy(update={"workers": 2}), timeout_s=200, exports=["perfetto"])
+    assert done.record.status == "ok", done.record.reason
+    assert done.record.metrics["activation_peak_bytes"] > 0
+    assert "activation_peak_rank_spread_bytes" in done.record.metrics
     assert done.exports.keys() == {"perfetto"}
     store = RunStore(tmp_path)
     store.write_trial(done.record, done.trace, done.log, done.exports)

@@ -1,7 +1,6 @@
 """Whole sweeps through the command, under a real Ray: what runs, what is kept, and what becomes of faults."""
 
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.exports import EXPORTS
 from harness.record import Record
 from harness.store import RunStore
 from tests.harness.conftest import Command, environment
@@ -36,9 +36,10 @@ SWEEP = """\
 name: sweep
 question: Does it go on where it stopped?
 model: revnet
-grid: {depth: [14, 26], activations: [stored, reconstructed]}
-fixed: {batch_size: 4, measured_steps: 2, warmup_steps: 0, audit_batch_size: 2}
+grid: {batch_size: [2, 4], activations: [stored, checkpointed, reconstructed]}
+fixed: {depth: 14, measured_steps: 2, warmup_steps: 0, audit_batch_size: 2}
 """
+TRIALS = 6
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,14 @@ def test_each_fault_is_a_record_with_a_reason_and_a_log(
     assert ("activation_peak_bytes" in record.metrics) == (status == "ok")
 
 
+def test_what_hung_has_its_stack_in_the_log(faults: tuple[RunStore, object]) -> None:
+    store, _ = faults
+    log = store.read_log(by_model(store)["hangs"].id)
+    assert log is not None
+    assert "faulty_models.py" in log
+    assert "in hangs" in log or "in <lambda>" in log
+
+
 def test_what_the_device_does_not_have_is_unsupported_and_not_a_failure(faults: tuple[RunStore, object]) -> None:
     import torch
 
@@ -104,16 +113,21 @@ def test_the_command_says_what_failed_and_exits_with_1(
         assert record.status in html
 
 
-def test_asking_for_one_again_keeps_its_first_attempt(
+def test_asking_for_one_again_keeps_its_first_attempt_and_exports_its_memory(
     faults: tuple[RunStore, object], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     store, _ = faults
-    failed = by_model(store)["raises"]
-    folder = Path(store.root).parent
-    command = [sys.executable, "-m", "harness.cli", "run", "faults.yaml", "--out", "run", "--only", failed.id]
+    fine, folder = by_model(store)["fine"], Path(store.root).parent
+    assert not (folder / "run" / "exports").exists()
+    options = ["--out", "run", "--only", fine.id, "--snapshot", "--perfetto"]
+    command = [sys.executable, "-m", "harness.cli", "run", "faults.yaml", *options]
     done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=200)
     assert "1 run now" in done.stdout, done.stderr
-    assert [attempt.status for attempt in store.read_record(failed.id).attempts] == ["failed", "failed"]
+    assert [attempt.status for attempt in store.read_record(fine.id).attempts] == ["ok", "ok"]
+    for name, ending in EXPORTS.items():
+        assert f"{name}: run/exports/{fine.id}.{ending}" in done.stdout
+    files = sorted(path.name for path in (folder / "run" / "exports").iterdir())
+    assert files == sorted(f"{fine.id}.{ending}" for ending in EXPORTS.values())
 
 
 def finished_lines(process: "subprocess.Popen[str]") -> Iterator[str]:
@@ -128,38 +142,37 @@ def contents(store: RunStore) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(store.root, "trials").iterdir()}
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_sweep_goes_on_where_it_stopped(revnet: Command, tmp_path: Path, how: signal.Signals) -> None:
+def test_a_sweep_that_is_stopped_goes_on_where_it_stopped(revnet: Command, tmp_path: Path) -> None:
+    """Killed in its first trials, interrupted in those that were left, and then let run to its end."""
     (tmp_path / "sweep.yaml").write_text(SWEEP)
     command = [sys.executable, "-m", "harness.cli", "run", "sweep.yaml", "--out", "run"]
-    first = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
-    next(finished_lines(first))
-    first.send_signal(how)
-    rest, _ = first.communicate(timeout=60)
     store = RunStore(tmp_path / "run")
-    kept = contents(store)
-    assert 1 <= len(kept) < 4
-    if how == signal.SIGINT:
-        assert first.returncode == 4
-        assert "Go on with: revnet run sweep.yaml --out run" in rest
-        assert (tmp_path / "run" / "report.html").exists()
+    kept: dict[str, bytes] = {}
+    for how in (signal.SIGKILL, signal.SIGINT):
+        stopped = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
+        next(finished_lines(stopped))
+        stopped.send_signal(how)
+        rest, _ = stopped.communicate(timeout=60)
+        now = contents(store)
+        assert {name: now[name] for name in kept} == kept
+        assert len(kept) < len(now) < TRIALS
+        kept = now
+        if how == signal.SIGINT:
+            assert stopped.returncode == 4
+            assert "Go on with: revnet run sweep.yaml --out run" in rest
+            assert (tmp_path / "run" / "report.html").exists()
 
-    second = revnet("run", "sweep.yaml", "--out", "run")
-    assert second.returncode == 0, second.stderr
-    # A trial that was under way when its driver was killed may still have left its record.
-    found = re.search(r"(\d+) trials to run, (\d+) kept", second.stdout)
-    assert found is not None, second.stdout
-    run, already = map(int, found.groups())
-    assert already >= len(kept)
-    assert run + already == 4
-    assert f"{run} run now; 4 of 4 trials done: ok 4" in second.stdout
+    resumed = revnet("run", "sweep.yaml", "--out", "run")
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"{TRIALS - len(kept)} trials to run, {len(kept)} kept" in resumed.stdout
+    assert f"{TRIALS - len(kept)} run now; {TRIALS} of {TRIALS} trials done: ok {TRIALS}" in resumed.stdout
     now = contents(store)
     assert {name: now[name] for name in kept} == kept
-    assert [len(json.loads(data)["attempts"]) for data in now.values()] == [1, 1, 1, 1]
+    assert [len(json.loads(data)["attempts"]) for data in now.values()] == [1] * TRIALS
 
-    third = revnet("run", "sweep.yaml", "--out", "run")
-    assert third.returncode == 0
-    assert "0 run now; 4 of 4 trials done" in third.stdout
+    again = revnet("run", "sweep.yaml", "--out", "run")
+    assert again.returncode == 0
+    assert f"0 run now; {TRIALS} of {TRIALS} trials done" in again.stdout
     assert contents(store) == now
 
 

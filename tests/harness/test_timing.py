@@ -3,7 +3,9 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,6 +50,21 @@ def test_the_interval_widens_as_the_times_spread(step_s: list[float], factor: in
     wide = of_one_rank([middle_s + factor * (seconds - middle_s) for seconds in step_s])[0]
     assert wide["step_median_s"] == pytest.approx(middle_s)
     assert width_s(wide) == pytest.approx(factor * width_s(narrow), abs=TICK_S)
+
+
+def test_the_interval_is_scipy_s_percentile_bootstrap() -> None:
+    step_s = [0.5 + 0.01 * (step * step % 17) for step in range(20)]
+    expected = scipy.stats.bootstrap(
+        (step_s,),
+        np.median,
+        n_resamples=timing.RESAMPLES,
+        batch=timing.RESAMPLES_AT_ONCE,
+        confidence_level=timing.CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(timing.SEED),
+    ).confidence_interval
+    metrics, _ = of_one_rank(step_s)
+    assert [metrics[name] for name in INTERVAL] == pytest.approx([expected.low, expected.high], rel=1e-12)
 
 
 def test_more_steps_of_the_same_kind_narrow_the_interval() -> None:
