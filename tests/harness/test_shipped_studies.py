@@ -32,7 +32,7 @@ def test_the_quickstart_compares_resnet_and_revnet_in_36_trials() -> None:
         ("reconstructed", "fp32"): 6,
         ("reconstructed", "exact"): 6,
     }
-    assert {trial.depth for trial in trials} == {14, 26, 38}
+    assert {trial.depth for trial in trials} == {26, 38, 50}
     assert {trial.batch_size for trial in trials} == {16, 32}
     assert {(trial.warmup_steps, trial.measured_steps, trial.audit_batch_size) for trial in trials} == {(1, 3, 8)}
 
