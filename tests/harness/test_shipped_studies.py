@@ -1,11 +1,12 @@
 """Every study that comes with the harness can be run as it is."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
 
 from harness.study import SHIPPED, check_trials, load_study, shipped_studies
 from harness.trials import expand
+from revnet_core.networks.families import find_family
 
 
 def test_the_studies_are_shipped() -> None:
@@ -21,6 +22,18 @@ def test_a_shipped_study_says_what_it_asks_and_expands(name: str) -> None:
     assert study.question.endswith("?")
     assert study.predict
     assert (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8").startswith(f"# {len(trials)} trials")
+
+
+@pytest.mark.parametrize("name", sorted(set(shipped_studies()) - {"paper"}))
+def test_networks_of_several_depths_are_equally_wide(name: str) -> None:
+    """Else the growth with depth would be one with width as well: published networks differ in both."""
+    widths: dict[str, set[tuple[int, ...]]] = defaultdict(set)
+    for trial in expand(load_study(name)):
+        family = find_family(trial.model)
+        units = family.units(trial.depth or 0)
+        assert units
+        widths[trial.model].add(trial.channels or family.channels(units))
+    assert all(len(of_model) == 1 for of_model in widths.values()), widths
 
 
 def test_the_quickstart_compares_resnet_and_revnet_in_36_trials() -> None:
