@@ -182,7 +182,9 @@ def _strategies(frame: pd.DataFrame) -> pd.Series:
         if field not in frame:
             continue
         values = frame[field].where(frame[field].notna(), usual)
-        if values.nunique(dropna=False) > 1:
+        # Widths differ from family to family anyhow.
+        among = values.groupby(frame["model"]) if field == "channels" else values.groupby(lambda _: 0)
+        if among.nunique(dropna=False).max() > 1:
             spelled = values.map(_SPELLED.get(field, "{}").format)
             names = names.where(values.isna() | (values == usual), names + " · " + spelled)
     return names

@@ -31,6 +31,21 @@ def test_a_strategy_names_what_varies_and_nothing_else(make_run: Make, sweep: li
     }
 
 
+@pytest.mark.parametrize(
+    ("channels", "names"),
+    [
+        ([[32, 64, 112]], {"revnet · stored"}),
+        ([None, [8, 8, 8]], {"revnet · stored", "revnet · stored · channels [8, 8, 8]"}),
+    ],
+)
+def test_widths_are_named_where_those_of_one_family_differ(
+    make_run: Make, channels: list[list[int] | None], names: set[str]
+) -> None:
+    revnets = [trial(number, channels=widths) for number, widths in enumerate(channels, start=1)]
+    frame = trials_frame(make_run([trial(0, model="resnet"), *revnets]))
+    assert set(frame["strategy"]) == {"resnet · stored", *names}
+
+
 def test_trials_of_different_image_sizes_are_kept_apart(make_run: Make) -> None:
     large = {"name": "synthetic", "path": None, "image_size": 64}
     small, other = [trial(depth, depth=depth) for depth in (14, 38)], [trial(1, depth=26, data=large)]
