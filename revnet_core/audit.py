@@ -94,6 +94,8 @@ def audit_inverse(
         drifts.append(drift)
 
     with _undisturbed(sequence.precision, x):
+        # The random sequence begins where the forward began: what is not replayed would repeat the forward's by chance.
+        torch.rand(1, device=_device_of(x))
         run.rebuild(buffers(list(streams), 0), observe=compare)
     return drifts[::-1]
 

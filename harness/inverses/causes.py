@@ -1,0 +1,225 @@
+"""Why a figure got worse, in a sentence: what differs from the baseline, or what the block does when it runs."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.inverses.baseline import Change
+from harness.inverses.chain import Block, Streams, blocks_of, copies, is_ours
+from harness.inverses.measurement import MARKS, SEED, Figures, relative, sequence_inputs, single_blocks
+from harness.inverses.precisions import FP64, at_precision
+from harness.inverses.structure import Calls, Structure, difference
+from revnet_core import audit_inverse
+
+# Of a rebuilt input in float64: beyond, it is no rounding, whatever a block amplifies.
+NOT_ROUNDING = 1e-6
+# Of the error: what is left of it when a cause is taken away.
+EXPLAINED = 0.05
+RANDOM = re.compile("dropout", re.IGNORECASE)
+
+
+def likely_cause(
+    module: nn.Module,
+    inputs: Streams,
+    changes: Sequence[Change],
+    before: Mapping[str, Any],
+    now: Figures,
+    structures: tuple[Structure, Structure],
+) -> str:
+    """Of the changes in one precision, in which `before` is the baseline's entry and `now` what was measured."""
+    first = culprit(changes)
+    if first.metric == "inputs":
+        return "the inputs are others: make module and inputs after torch.manual_seed(...)"
+    if first.metric == "blocks":
+        return "the chain has other blocks"
+    if first.block is None:
+        return "no block's inverse or output changed: look at the module's backward (its recompute, replay or hooks)"
+    index = next(i for i, block in enumerate(now.blocks) if block.name == first.block)
+    made = difference(structures[0].get(first.block, []), structures[1].get(first.block, []))
+    if made is not None:
+        return f"block {first.block} is made otherwise: {made}"
+    if reason := _other_weights(before["blocks"][index], now.blocks[index].weights, now.blocks[index].calls):
+        return f"block {first.block}: {reason}"
+    if first.metric in MARKS and not any(c.block == first.block and c.metric == "inverse_rel" for c in changes):
+        return (
+            f"block {first.block}: its forward computes something else from the same parts and weights, and its "
+            "inverse undoes that"
+        )
+    if first.metric == "drift_rel":
+        return (
+            f"no block's own inverse is worse; from block {first.block} on the chain amplifies what later blocks "
+            "round: an exact grid (reconstruction='exact') or wider streams end that"
+        )
+    return f"block {first.block}: " + _of_inverse(module, inputs, index, first.precision)
+
+
+def doubts(module: nn.Module, inputs: Streams, figures: Mapping[str, Figures]) -> str:
+    """What a reader should know before a first baseline is trusted: an inverse that is none. Else empty."""
+    if FP64 not in figures:
+        return ""
+    errors = [block.figures["inverse_rel"] for block in figures[FP64].blocks]
+    index = max(range(len(errors)), key=errors.__getitem__)
+    if errors[index] <= NOT_ROUNDING:
+        return ""
+    return (
+        f" But block {figures[FP64].blocks[index].name} is not inverted, in float64 it is off by {errors[index]:.1e}: "
+        f"{_of_inverse(module, inputs, index, FP64)}."
+    )
+
+
+def culprit(changes: Sequence[Change]) -> Change:
+    """The change that the others follow from: the first output, else the worst inverse of a block alone, else any."""
+    for change in changes:
+        if change.metric in (*MARKS, "inputs", "blocks"):
+            return change
+    alone = [c for c in changes if c.metric == "inverse_rel"]
+    if alone:
+        return max(alone, key=lambda c: float(c.now) / max(float(c.limit), 1e-300))
+    # A chain is rebuilt from its end.
+    drifts = [c for c in changes if c.metric == "drift_rel"]
+    return drifts[-1] if drifts else changes[0]
+
+
+def _other_weights(before: Mapping[str, Any], weights: Mapping[str, str], calls: list[str]) -> str | None:
+    old = before["weights"]
+    moved = [name for name in weights if weights[name] != old.get(name)]
+    if moved and sorted(weights.values()) == sorted(old.values()):
+        return f"{' and '.join(moved)} changed places"
+    if moved:
+        return f"the weights of {', '.join(moved)} are others: another seed, initialization or order of construction"
+    if calls != before["calls"]:
+        return f"its forward runs {', '.join(calls)}; it ran {', '.join(before['calls'])}"
+    return None
+
+
+def _of_inverse(module: nn.Module, inputs: Streams, index: int, precision: str) -> str:
+    """By running the block once forward and once back, in float64 where the error shows there too."""
+    errors = {p: _Probe(module, inputs, index, p).error for p in {precision, FP64}}
+    chosen = FP64 if errors[FP64] > NOT_ROUNDING else precision
+    probe = _Probe(module, inputs, index, chosen)
+    for reason in (probe.mode(), probe.order(), probe.dtype(), probe.draws(), probe.scale()):
+        if reason:
+            return reason
+    if chosen == FP64:
+        return f"its inverse is not that of its forward: in float64 too it is off by {errors[FP64]:.1e}"
+    return (
+        f"it rounds more than it did; in float64 its inverse is right to {errors[FP64]:.1e}. Look for a narrower dtype "
+        "or another order of additions"
+    )
+
+
+class _Probe:
+    """One block, run forward and back under observation."""
+
+    def __init__(self, module: nn.Module, inputs: Streams, index: int, precision: str) -> None:
+        twin, given, self._context = at_precision(module, inputs, precision)
+        devices = [inputs[0].device.index or 0] if inputs[0].device.type == "cuda" else []
+        self._autocast = precision.split("/")[0] in ("bf16", "fp16")
+        with torch.random.fork_rng(devices), self._context:
+            torch.manual_seed(SEED)
+            self._observe(twin, given, index)
+
+    def _observe(self, twin: nn.Module, given: Streams, index: int) -> None:
+        if is_ours(twin):
+            singles = [pair for s, x, side in sequence_inputs(twin, given) for pair in _with_side(s, x, side)]
+            alone, pair, side = singles[index]
+            self._x: Streams = pair
+            self._block: nn.Module = alone.couplings[0]
+            with Calls(self._block) as calls:
+                (drift,) = audit_inverse(alone, pair, **side)
+            self.error, self._rebuilt = drift.rel, None
+            # The chain runs each net once forward and once back, and an audit looks at nothing else.
+            half = len(calls.order) // 2
+            self._orders = calls.order[:half], calls.order[half:]
+            half = len(calls.modes) // 2
+            self._modes = calls.modes[:half], calls.modes[half:]
+            self._dtypes = calls.dtypes
+            return
+        blocks, streams = blocks_of(twin), given
+        with torch.no_grad():
+            for block in blocks[:index]:
+                streams = block.forward(streams)
+            self._x, self._block, chosen = copies(streams), blocks[index].module, blocks[index]
+            with Calls(self._block) as forward:
+                out = chosen.forward(streams)
+            with Calls(self._block) as back:
+                self._rebuilt = chosen.inverse(out)
+        self.error = relative(self._rebuilt, self._x)
+        self._chosen: Block = chosen
+        self._orders, self._modes = (forward.order, back.order), (forward.modes, back.modes)
+        self._dtypes = forward.dtypes | back.dtypes
+
+    def mode(self) -> str | None:
+        """A part that ran in another mode in the inverse."""
+        before = {path: training for path, _, training in self._modes[0]}
+        for path, kind, training in self._modes[1]:
+            if before.get(path, training) != training:
+                return (
+                    f"{kind} {path} runs in {_mode(training)} mode in the inverse, in {_mode(not training)} mode before"
+                )
+        return None
+
+    def order(self) -> str | None:
+        """Parts that the inverse runs as the forward does, where it has to undo the last first."""
+        forward, back = self._orders
+        if sorted(forward) == sorted(back) and len(forward) > 1 and back != forward[::-1]:
+            needed = ", ".join(forward[::-1])
+            return f"its inverse runs {', '.join(back)}; to undo {', '.join(forward)} it has to run {needed}"
+        return None
+
+    def dtype(self) -> str | None:
+        """An operation in fewer bits than the streams', which no autocast asked for."""
+        width = min(torch.finfo(t.dtype).bits for t in self._x)
+        for dtype, operation in self._dtypes.items():
+            if torch.finfo(dtype).bits < width and not self._autocast:
+                return f"`{operation}` is computed in {_name(dtype)}, and the streams are {_name(self._x[0].dtype)}"
+        return None
+
+    def draws(self) -> str | None:
+        """Random draws that the inverse does not repeat."""
+        random = [(path, kind) for path, kind, training in self._modes[0] if RANDOM.search(kind) and training]
+        if not random or self._rebuilt is None:
+            return self._not_replayed(random) if random else None
+        torch_state = torch.get_rng_state()
+        try:
+            with torch.no_grad(), self._context:
+                for part in self._block.modules():
+                    if RANDOM.search(type(part).__name__):
+                        part.eval()
+                without = relative(self._chosen.inverse(self._chosen.forward(self._x)), self._x)
+        finally:
+            torch.set_rng_state(torch_state)
+        return self._not_replayed(random) if without < EXPLAINED * self.error else None
+
+    def _not_replayed(self, random: list[tuple[str, str]]) -> str:
+        named = ", ".join(f"{kind} {path}" for path, kind in random)
+        return f"{named} draws anew in the inverse; its draws of the forward have to be replayed"
+
+    def scale(self) -> str | None:
+        """A stream that comes back as a multiple of itself."""
+        for index, (found, true) in enumerate(zip(self._rebuilt or (), self._x, strict=False)):
+            a, b = found.double().flatten(), true.double().flatten()
+            factor = ((a @ b) / (b @ b)).item()
+            off, left = _norm(a - b), _norm(a - factor * b)
+            if off > 0 and left < EXPLAINED * off:
+                return f"stream {index + 1} comes back {factor:.6g} times what it was"
+        return None
+
+
+def _with_side(sequence: Any, x: Any, side: dict[str, Any]) -> list[tuple[Any, Any, dict[str, Any]]]:
+    return [(alone, streams, side) for alone, streams in single_blocks(sequence, x, side)]
+
+
+def _mode(training: bool) -> str:
+    return "training" if training else "eval"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _norm(t: Tensor) -> float:
+    return t.norm().item()
