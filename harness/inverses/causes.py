@@ -1,14 +1,14 @@
 """Why a figure got worse, in a sentence: what differs from the baseline, or what the block does when it runs."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from harness.inverses.baseline import Change
-from harness.inverses.chain import Block, Streams, blocks_of, copies, is_ours
+from harness.inverses.chain import Streams, blocks_of, copies, is_ours
 from harness.inverses.measurement import MARKS, SEED, Figures, relative, sequence_inputs, single_blocks
 from harness.inverses.precisions import FP64, at_precision
 from harness.inverses.structure import Calls, Structure, difference
@@ -100,7 +100,7 @@ def _of_inverse(module: nn.Module, inputs: Streams, index: int, precision: str) 
     errors = {p: _Probe(module, inputs, index, p).error for p in {precision, FP64}}
     chosen = FP64 if errors[FP64] > NOT_ROUNDING else precision
     probe = _Probe(module, inputs, index, chosen)
-    for reason in (probe.mode(), probe.order(), probe.dtype(), probe.draws(), probe.scale()):
+    for reason in (probe.mode(), probe.order(), probe.draws(), probe.dtype(), probe.scale()):
         if reason:
             return reason
     if chosen == FP64:
@@ -116,9 +116,9 @@ class _Probe:
 
     def __init__(self, module: nn.Module, inputs: Streams, index: int, precision: str) -> None:
         twin, given, self._context = at_precision(module, inputs, precision)
-        devices = [inputs[0].device.index or 0] if inputs[0].device.type == "cuda" else []
+        self._devices = [inputs[0].device.index or 0] if inputs[0].device.type == "cuda" else []
         self._autocast = precision.split("/")[0] in ("bf16", "fp16")
-        with torch.random.fork_rng(devices), self._context:
+        with torch.random.fork_rng(self._devices), self._context:
             torch.manual_seed(SEED)
             self._observe(twin, given, index)
 
@@ -130,7 +130,8 @@ class _Probe:
             self._block: nn.Module = alone.couplings[0]
             with Calls(self._block) as calls:
                 (drift,) = audit_inverse(alone, pair, **side)
-            self.error, self._rebuilt = drift.rel, None
+            self.error, self._rebuilt = drift.rel, ()
+            self._again: Callable[[], float] = lambda: audit_inverse(alone, pair, **side)[0].rel
             # The chain runs each net once forward and once back, and an audit looks at nothing else.
             half = len(calls.order) // 2
             self._orders = calls.order[:half], calls.order[half:]
@@ -148,7 +149,7 @@ class _Probe:
             with Calls(self._block) as back:
                 self._rebuilt = chosen.inverse(out)
         self.error = relative(self._rebuilt, self._x)
-        self._chosen: Block = chosen
+        self._again = lambda: relative(chosen.inverse(chosen.forward(self._x)), self._x)
         self._orders, self._modes = (forward.order, back.order), (forward.modes, back.modes)
         self._dtypes = forward.dtypes | back.dtypes
 
@@ -180,27 +181,22 @@ class _Probe:
 
     def draws(self) -> str | None:
         """Random draws that the inverse does not repeat."""
-        random = [(path, kind) for path, kind, training in self._modes[0] if RANDOM.search(kind) and training]
-        if not random or self._rebuilt is None:
-            return self._not_replayed(random) if random else None
-        torch_state = torch.get_rng_state()
-        try:
-            with torch.no_grad(), self._context:
-                for part in self._block.modules():
-                    if RANDOM.search(type(part).__name__):
-                        part.eval()
-                without = relative(self._chosen.inverse(self._chosen.forward(self._x)), self._x)
-        finally:
-            torch.set_rng_state(torch_state)
-        return self._not_replayed(random) if without < EXPLAINED * self.error else None
-
-    def _not_replayed(self, random: list[tuple[str, str]]) -> str:
-        named = ", ".join(f"{kind} {path}" for path, kind in random)
-        return f"{named} draws anew in the inverse; its draws of the forward have to be replayed"
+        random = {path: kind for path, kind, training in self._modes[0] if RANDOM.search(kind) and training}
+        for paths in (*((path,) for path in random), tuple(random)):
+            for path in paths:
+                self._block.get_submodule(path).eval()
+            with torch.no_grad(), torch.random.fork_rng(self._devices), self._context:
+                without = self._again()
+            for path in paths:
+                self._block.get_submodule(path).train()
+            if without <= EXPLAINED * self.error:
+                named = ", ".join(f"{random[path]} {path}" for path in paths)
+                return f"{named} draws anew in the inverse; its draws of the forward have to be replayed"
+        return None
 
     def scale(self) -> str | None:
         """A stream that comes back as a multiple of itself."""
-        for index, (found, true) in enumerate(zip(self._rebuilt or (), self._x, strict=False)):
+        for index, (found, true) in enumerate(zip(self._rebuilt, self._x, strict=False)):
             a, b = found.double().flatten(), true.double().flatten()
             factor = ((a @ b) / (b @ b)).item()
             off, left = _norm(a - b), _norm(a - factor * b)

@@ -73,7 +73,7 @@ class Calls(TorchDispatchMode):
 
     order   its direct children, as they are called
     modes   of each part that has no parts: its path, its class and whether it is in training mode
-    dtypes  each floating dtype that an operation returned, with the first such operation
+    dtypes  each floating dtype that an operation on such a tensor returned, with the first such operation
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -101,7 +101,8 @@ class Calls(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and out.is_floating_point() and func is not torch.ops.aten._to_copy.default:
+        computed = isinstance(out, Tensor) and out.is_floating_point() and func is not torch.ops.aten._to_copy.default
+        if computed and any(isinstance(arg, Tensor) and arg.is_floating_point() for arg in args):
             self.dtypes.setdefault(out.dtype, func._overloadpacket.__name__)
         return out
 

@@ -60,7 +60,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 def planted(fault: str) -> Callable[[nn.Sequential], None]:
     def plant(net: nn.Sequential) -> None:
-        net[FAULTY].fault = fault
+        setattr(net[FAULTY], "fault", fault)  # noqa: B010
 
     return plant
 
@@ -79,7 +79,7 @@ def with_dropout(net: nn.Sequential) -> None:
 
 
 def with_other_weights(net: nn.Sequential) -> None:
-    nn.init.normal_(net[FAULTY].g[2].weight)  # pyright: ignore[reportIndexIssue, reportArgumentType]
+    nn.init.normal_(net.get_submodule(f"{FAULTY}.g.2").get_parameter("weight"))
 
 
 def in_eval_mode(net: nn.Sequential) -> None:

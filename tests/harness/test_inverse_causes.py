@@ -68,7 +68,7 @@ def test_a_planted_fault_is_named_with_its_block(
 def sequence(dropout: float) -> ReversibleSequence:
     torch.manual_seed(0)
     couplings = [AdditiveCoupling(residual(dropout), residual(dropout)) for _ in range(BLOCKS)]
-    couplings[FAULTY].f.faulty = True  # pyright: ignore[reportAttributeAccessIssue]
+    setattr(couplings[FAULTY].f, "faulty", True)  # noqa: B010
     return ReversibleSequence(couplings)
 
 
@@ -89,9 +89,11 @@ def test_a_fault_in_our_recompute_is_named_with_its_block(
             with replaying(self):
                 yield
             return
-        net.train(fault != "eval")
+        if fault == "eval":
+            net.eval()
         yield
-        net.train()
+        if fault == "eval":
+            net.train()
 
     monkeypatch.setattr(Replay, "replaying", faulty)
     verdict = check(sequence(dropout), x)
