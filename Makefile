@@ -52,7 +52,7 @@ $(VENV)/ready-test: $(VENV)/ready
 
 # Without their dependencies; see the extra `peers` in pyproject.toml.
 $(VENV)/ready-peers: $(VENV)/ready
-	$(PIP) --no-deps memcnn revtorch
+	$(PIP) --no-deps memcnn revtorch FrEIA
 	touch $@
 
 $(VENV)/ready-dev: $(VENV)/ready-test

@@ -75,10 +75,11 @@ def as_json(figures: Figures) -> dict[str, Any]:
 
 def not_finite(figures: Figures) -> str | None:
     """The first figure that is no number, by its place; nothing can be compared with it."""
-    for block in figures.blocks:
-        for name, value in block.figures.items():
-            if not math.isfinite(value):
-                return f"block {block.name}: {name} is {value}"
+    # In the order in which one follows from another: a chain that is rebuilt passes on what one block did.
+    for name in (*MARKS, *ERRORS):
+        for block in figures.blocks:
+            if not math.isfinite(block.figures[name]):
+                return f"block {block.name}: {name} is {block.figures[name]}"
     return next((f"gradient: {k} is {v}" for k, v in figures.gradient.items() if not math.isfinite(v)), None)
 
 

@@ -179,12 +179,12 @@ def _reference(module: nn.Module, inputs: Streams, precision: str) -> dict[str, 
 def _gradients(module: nn.Module, inputs: Streams) -> Streams:
     """By the parameters and the inputs of the output's projection, with the module's own backward."""
     leaves = [t.requires_grad_() for t in copies(inputs)]
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    taken = [*(p for p in module.parameters() if p.requires_grad), *leaves]
+    module.zero_grad()
     torch.manual_seed(SEED)
-    # A view, since some libraries empty their input, and refuse a leaf.
-    loss = _loss(_forward(module, tuple(t.view_as(t) for t in leaves)))
-    found = torch.autograd.grad(loss, [*parameters, *leaves], allow_unused=True)
-    return tuple(torch.zeros_like(t) if g is None else g for g, t in zip(found, [*parameters, *leaves], strict=True))
+    # A view, since some libraries empty their input, and refuse a leaf. Not torch.autograd.grad, which some refuse.
+    _loss(_forward(module, tuple(t.view_as(t) for t in leaves))).backward()
+    return tuple(torch.zeros_like(t) if t.grad is None else t.grad for t in taken)
 
 
 def _difference(module: nn.Module, inputs: Streams, gradients: Streams) -> float:
