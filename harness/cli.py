@@ -1,6 +1,6 @@
 """The `revnet` command: parse, call, print, exit code. On top of everything; imports the heavy rooms when needed.
 
-Exit codes: 0 done; 1 trials failed; 2 bad input; 3 not comparable; 4 incomplete.
+Exit codes: 0 done; 1 a regression, or trials failed; 2 bad input; 3 not comparable; 4 incomplete.
 """
 
 import sys
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from harness.study import Study
     from harness.trials import TrialSpec
 
-# A metric of the step that exports are of.
-EXPORTED_WITH = "attributed_peak_difference_bytes"
 DONE, FAILED, BAD_INPUT, INCOMPLETE = 0, 1, 2, 4
 
 
@@ -45,6 +43,7 @@ app = typer.Typer(
 StudyArgument = Annotated[str, typer.Argument(help="A study file, or the name of a shipped study.", metavar="STUDY")]
 OutOption = Annotated[str | None, typer.Option(help="The run directory or fsspec URI; runs/NAME if not given.")]
 MemoryOption = Annotated[str | None, typer.Option(help="Of a rank's device, e.g. 80GiB.", metavar="SIZE")]
+FailOption = Annotated[list[str] | None, typer.Option(help="E.g. step_median_s:+5%; again for more.", metavar="LIMIT")]
 RunArgument = Annotated[str, typer.Argument(help="A run directory (or any fsspec URI).", metavar="RUN")]
 
 
@@ -123,6 +122,7 @@ def run(
         _find(study, axis, out, address, retry, memory, headroom or "5%", at_most)
     of_a_search = {"--memory": memory, "--headroom": headroom, "--at-most": at_most}
     _refuse(of_a_search, "it belongs to --find. Give both; the memory of a study's trials is its resources.memory.")
+    from harness.exports import what_was_exported
     from harness.planning import select_trials
     from harness.store import RunStore
 
@@ -150,7 +150,7 @@ def run(
     elif left:
         typer.echo(f"{left} trials not run yet. Run them with: {_again(study, out)}")
     for trial in selected if exports else ():
-        _say_what_was_exported(store, trial.id, exports)
+        typer.echo("\n".join(what_was_exported(store, trial.id, exports)))
     typer.echo(f"report: {report_path}")
     raise typer.Exit(INCOMPLETE if interrupted else FAILED if broken else DONE)
 
@@ -158,12 +158,33 @@ def run(
 @app.command()
 def report(run: RunArgument) -> None:
     """Write report.html of a run, finished or not."""
-    from harness.store import RunStore
+    typer.echo(_write_report(_open_run(run)))
 
-    store = RunStore(run)
-    if store.read_plan() is None and not store.finished_ids():
-        raise HarnessError(f"{run}: no run here (neither plan.json nor trials/). Give the directory of `revnet run`.")
-    typer.echo(_write_report(store))
+
+@app.command()
+def compare(
+    base: Annotated[str, typer.Argument(help="The run that it is compared with.", metavar="BASE")],
+    run: RunArgument,
+    fail: FailOption = None,
+    markdown: Annotated[str | None, typer.Option(help="For a pull request; - is stdout.", metavar="FILE")] = None,
+    json: Annotated[str | None, typer.Option(help="As data; - is stdout.", metavar="FILE")] = None,
+) -> None:
+    """Compare memory, time, drift and statuses of the trials that two runs have in common, finished or not."""
+    from reports.compare import compare_sides, read_side
+    from reports.compare_markdown import as_markdown
+    from reports.compare_view import as_json, as_text
+    from reports.limits import parse_limit
+
+    if markdown == json == "-":
+        raise HarnessError("--markdown -, --json -: stdout takes one of the two. Give a file for the other.")
+    limits = [parse_limit(text) for text in fail or ()]
+    comparison = compare_sides(read_side(_open_run(base)), read_side(_open_run(run)), limits)
+    if "-" not in (markdown, json):
+        typer.echo(as_text(comparison), nl=False)
+    for option, target, view in (("--markdown", markdown, as_markdown), ("--json", json, as_json)):
+        if target is not None:
+            _write_to(option, target, view(comparison))
+    raise typer.Exit(comparison.exit_code)
 
 
 def _run_selected(
@@ -289,16 +310,23 @@ def _again(study: str, out: str | None) -> str:
     return f"revnet run {study}" + (f" --out {out}" if out else "")
 
 
-def _say_what_was_exported(store: "RunStore", trial_id: str, exports: list[str]) -> None:
-    from harness.store import export_path
+def _open_run(run: str) -> "RunStore":
+    from harness.store import RunStore
 
-    record = store.find_record(trial_id)
-    if record is not None and EXPORTED_WITH in record.metrics:
-        for export in exports:
-            typer.echo(f"{export}: {store.uri}/{export_path(trial_id, export)}")
-    else:
-        why = None if record is None else record.unmeasured.get(EXPORTED_WITH) or record.reason
-        typer.echo(f"{', '.join(exports)}: none of {trial_id}, {why or 'which was not run to its end'}")
+    store = RunStore(run)
+    if store.read_plan() is None and not store.finished_ids():
+        raise HarnessError(f"{run}: no run here (neither plan.json nor trials/). Give the directory of `revnet run`.")
+    return store
+
+
+def _write_to(option: str, target: str, text: str) -> None:
+    if target == "-":
+        typer.echo(text, nl=False)
+        return
+    try:
+        Path(target).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise HarnessError(f"{option} {target}: cannot be written ({error.strerror}). Give another file.") from None
 
 
 def _write_report(store: "RunStore") -> str:

@@ -24,7 +24,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from harness.errors import StoreError
-from harness.exports import EXPORTS
+from harness.exports import EXPORTS, export_path
 from harness.record import Record, TraceRow, trace_columns
 
 if TYPE_CHECKING:
@@ -39,8 +39,12 @@ class RunStore:
     record has its trace, log and exports too."""
 
     def __init__(self, uri: str | Path) -> None:
+        """Raises StoreError for a URI of an unknown kind."""
         text = str(uri)
-        self.fs, self.root = fsspec.core.url_to_fs(os.path.expanduser(text))
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(os.path.expanduser(text))
+        except (ValueError, ImportError) as error:
+            raise StoreError(f"{text}: {error}. Give a path, or a URI that fsspec can open.") from None
         self.uri = text.rstrip("/")
 
     @property
@@ -226,11 +230,6 @@ class RunStore:
         finally:
             if os.path.exists(part):
                 os.unlink(part)
-
-
-def export_path(trial_id: str, export: str) -> str:
-    """Where an export lies within a run directory."""
-    return f"exports/{trial_id}.{EXPORTS[export]}"
 
 
 def plan_hash(trial_ids: Iterable[str]) -> str:

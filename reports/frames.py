@@ -40,8 +40,9 @@ INTERVAL_DEPTHS = 3
 def trials_frame(store: RunStore) -> pd.DataFrame:
     """One row per finished trial: id, status, reason, the spec's fields, the metrics, and `strategy`.
 
-    Nested fields have dotted names (`data.name`). What was not measured is NaN, never 0. Raises RecordError for a
-    record of an unknown schema version.
+    Nested fields have dotted names (`data.name`). What was not measured is NaN, never 0. `spec`, `metrics`,
+    `unmeasured`, `machine`, `versions` and `git` are the record's own. Raises RecordError for a record of an unknown
+    schema version.
     """
     rows = []
     for record in store.read_records():
@@ -51,6 +52,8 @@ def trials_frame(store: RunStore) -> pd.DataFrame:
             | spec
             | record.metrics
             | {"unmeasured": record.unmeasured, "device_name": record.machine.get("device_name")}
+            | {"spec": record.spec, "metrics": record.metrics, "machine": record.machine}
+            | {"versions": record.versions, "git": record.git}
         )
     frame = pd.DataFrame(rows, columns=None if rows else ["id", "status", "reason", "attempts", "unmeasured"])
     frame["strategy"] = _strategies(frame)

@@ -1,5 +1,6 @@
 """Runs with figures that are known beforehand, written through the store as a sweep writes them."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,28 @@ import pytest
 
 from harness.record import Record, Status, TraceRow
 from harness.store import RunStore
+from reports.compare import Comparison, compare_sides, read_side
+from reports.limits import parse_limit
 
 MIB = 2**20
 SLOPES_MIB = {"stored": 8.5, "checkpointed": 1.25, "reconstructed": 0.125}
 STEP_S = {"stored": 0.2, "checkpointed": 0.28, "reconstructed": 0.27}
+MACHINE = {
+    "device": "cpu",
+    "device_name": "Test CPU",
+    "cpu": "Test CPU",
+    "cpu_count": 2,
+    "threads": 1,
+    "memory_bytes": 8 * 2**30,
+    "environment": {"OMP_WAIT_POLICY": "PASSIVE"},
+}
 STUDY = {"name": "planted", "question": "Does memory grow?", "predict": "reconstructed stays flat"}
 
+PEAK = "activation_peak_bytes"
+
 Make = Callable[..., RunStore]
+# Of the records of BASE and RUN and any number of limits.
+Compare = Callable[..., Comparison]
 
 
 def spec(**changes: Any) -> dict[str, Any]:
@@ -63,14 +79,45 @@ def trial(number: int, *, status: Status = "ok", reason: str | None = None, **ch
         reason=reason,
         metrics=metrics,
         unmeasured={"parameter_count": "nobody counted"},
-        machine={"device_name": "Test CPU", "cpu_count": 2, "memory_bytes": 8 * 2**30},
-        versions={"torch": "2.13.0"},
+        machine=MACHINE,
+        versions={"torch": "2.13.0+cpu", "deepspeed": "0.19.8"},
         git={"commit": "0123456789abcdef", "dirty": True},
     )
 
 
 def with_metrics(record: Record, **metrics: int | float) -> Record:
     return record.model_copy(update={"metrics": record.metrics | metrics})
+
+
+def scaled(record: Record, **factors: float) -> Record:
+    """The record with these metrics multiplied; bytes stay whole."""
+    return with_metrics(
+        record,
+        **{
+            name: round(record.metrics[name] * factor) if name.endswith("_bytes") else record.metrics[name] * factor
+            for name, factor in factors.items()
+        },
+    )
+
+
+def without(record: Record, metric: str, reason: str) -> Record:
+    metrics = {name: value for name, value in record.metrics.items() if name != metric}
+    return record.model_copy(update={"metrics": metrics, "unmeasured": record.unmeasured | {metric: reason}})
+
+
+def on(record: Record, **facts: Any) -> Record:
+    """The record of another machine or, by the name of a package, of another version."""
+    machine = {name: value for name, value in facts.items() if name not in record.versions}
+    versions = {name: value for name, value in facts.items() if name in record.versions}
+    return record.model_copy(update={"machine": record.machine | machine, "versions": record.versions | versions})
+
+
+def repeats(count: int = 3, **changes: Any) -> list[Record]:
+    return [trial(seed, seed=seed, **changes) for seed in range(count)]
+
+
+def in_steps(record: Record, low_s: float, middle_s: float, high_s: float) -> Record:
+    return with_metrics(record, step_median_s=middle_s, step_median_low_s=low_s, step_median_high_s=high_s)
 
 
 def predicted(record: Record, *, peak_off: float = 0, saved_off: float = 0) -> Record:
@@ -84,7 +131,8 @@ def predicted(record: Record, *, peak_off: float = 0, saved_off: float = 0) -> R
 
 
 def drift_rows(record: Record) -> Iterator[TraceRow]:
-    for block in range(int(record.metrics.get("blocks", 0))):
+    blocks = record.metrics.get("blocks", 0) if "drift_max_rel" in record.metrics else 0
+    for block in range(int(blocks)):
         yield TraceRow("drift", block, "rel", record.metrics["drift_max_rel"] / (block + 1))
 
 
@@ -92,8 +140,10 @@ def drift_rows(record: Record) -> Iterator[TraceRow]:
 def make_run(tmp_path: Path) -> Make:
     """Write a run of these records; `missing` more were planned and have none."""
 
-    def make(records: list[Record], *, missing: int = 0, study: dict[str, Any] | None = STUDY) -> RunStore:
-        store = RunStore(tmp_path / "run")
+    def make(
+        records: list[Record], *, missing: int = 0, study: dict[str, Any] | None = STUDY, name: str = "run"
+    ) -> RunStore:
+        store = RunStore(tmp_path / name)
         planned = [record.id for record in records] + [f"f{number:011x}" for number in range(missing)]
         if study is not None:
             store.open_for(study, planned)
@@ -102,6 +152,21 @@ def make_run(tmp_path: Path) -> Make:
         return store
 
     return make
+
+
+@pytest.fixture
+def compared(make_run: Make) -> Compare:
+    """Both runs written and read again."""
+
+    calls = itertools.count()
+
+    def compare(base: list[Record], run: list[Record], *limits: str, missing: int = 0) -> Comparison:
+        call = next(calls)
+        before = read_side(make_run(base, name=f"base{call}"))
+        now = read_side(make_run(run, missing=missing, name=f"run{call}"))
+        return compare_sides(before, now, [parse_limit(text) for text in limits])
+
+    return compare
 
 
 @pytest.fixture
