@@ -69,7 +69,10 @@ def as_json(figures: Figures) -> dict[str, Any]:
     def rounded(values: Mapping[str, float]) -> dict[str, float]:
         return {name: float(f"{value:.12g}" if name in MARKS else f"{value:.3g}") for name, value in values.items()}
 
-    blocks = [{"name": b.name, "weights": b.weights, "calls": b.calls, **rounded(b.figures)} for b in figures.blocks]
+    blocks = [
+        {"name": b.name, "weights": " ".join(b.weights), "calls": " ".join(b.calls), **rounded(b.figures)}
+        for b in figures.blocks
+    ]
     return {"inputs": figures.inputs, "blocks": blocks, "gradient": rounded(figures.gradient)}
 
 
@@ -140,7 +143,7 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def write(path: Path, contents: Mapping[str, Any]) -> None:
-    """Sorted, and whole or not at all."""
+    """Sorted, a line for each figure, and whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(contents, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from harness.inverses.baseline import Change
 from harness.inverses.chain import Streams, blocks_of, copies, is_ours
-from harness.inverses.measurement import MARKS, SEED, Figures, relative, sequence_inputs, single_blocks
+from harness.inverses.measurement import MARKS, SEED, BlockFigures, Figures, relative, sequence_inputs, single_blocks
 from harness.inverses.precisions import FP64, at_precision
-from harness.inverses.structure import Calls, Structure, difference
+from harness.inverses.structure import Calls, Structure, difference, parts_of
 from revnet_core import audit_inverse
 
 # Of a rebuilt input in float64: beyond, it is no rounding, whatever a block amplifies.
@@ -38,10 +38,10 @@ def likely_cause(
     if first.block is None:
         return "no block's inverse or output changed: look at the module's backward (its recompute, replay or hooks)"
     index = next(i for i, block in enumerate(now.blocks) if block.name == first.block)
-    made = difference(structures[0].get(first.block, []), structures[1].get(first.block, []))
+    made = difference(parts_of(structures[0], first.block), parts_of(structures[1], first.block))
     if made is not None:
         return f"block {first.block} is made otherwise: {made}"
-    if reason := _other_weights(before["blocks"][index], now.blocks[index].weights, now.blocks[index].calls):
+    if reason := _other_weights(before["blocks"][index], now.blocks[index]):
         return f"block {first.block}: {reason}"
     if first.metric in MARKS and not any(c.block == first.block and c.metric == "inverse_rel" for c in changes):
         return (
@@ -83,15 +83,15 @@ def culprit(changes: Sequence[Change]) -> Change:
     return drifts[-1] if drifts else changes[0]
 
 
-def _other_weights(before: Mapping[str, Any], weights: Mapping[str, str], calls: list[str]) -> str | None:
-    old = before["weights"]
-    moved = [name for name in weights if weights[name] != old.get(name)]
-    if moved and sorted(weights.values()) == sorted(old.values()):
+def _other_weights(before: Mapping[str, Any], now: BlockFigures) -> str | None:
+    old, new = (dict(part.rsplit("=", 1) for part in parts) for parts in (before["weights"].split(" "), now.weights))
+    moved = [name for name in new if new[name] != old.get(name)]
+    if moved and sorted(new.values()) == sorted(old.values()):
         return f"{' and '.join(moved)} changed places"
     if moved:
         return f"the weights of {', '.join(moved)} are others: another seed, initialization or order of construction"
-    if calls != before["calls"]:
-        return f"its forward runs {', '.join(calls)}; it ran {', '.join(before['calls'])}"
+    if (calls := " ".join(now.calls)) != before["calls"]:
+        return f"its forward runs {calls}; it ran {before['calls']}"
     return None
 
 

@@ -34,7 +34,7 @@ DIFFERENCE = 1e-5
 class BlockFigures:
     name: str
     figures: dict[str, float]
-    weights: dict[str, str]
+    weights: list[str]
     calls: list[str]
 
 

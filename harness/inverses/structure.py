@@ -25,27 +25,34 @@ def blocks_with_modules(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def structure_of(module: nn.Module) -> Structure:
-    """Each block's parts that have none themselves, with their settings: `f.0 BatchNorm2d(4, eps=1e-05, ...)`."""
-    return {
-        name: [
+    """Each block's parts that have none themselves, with their settings: `f.0 BatchNorm2d(4, eps=1e-05, ...)`.
+
+    A block that is made as an earlier one has `as` and that one's name in their place.
+    """
+    found: Structure = {}
+    first: dict[tuple[str, ...], str] = {}
+    for name, block in blocks_with_modules(module).items():
+        parts = tuple(
             f"{path or '(whole)'} {part!r}".replace("\n", " ") + ("" if part.training else " in eval mode")
             for path, part in block.named_modules()
             if not any(True for _ in part.children())
-        ]
-        for name, block in blocks_with_modules(module).items()
-    }
+        )
+        found[name] = [f"as {first[parts]}"] if parts in first else list(parts)
+        first.setdefault(parts, name)
+    return found
 
 
-def weights_of(block: nn.Module) -> dict[str, str]:
-    """A hash of the values of each direct part's parameters and buffers, and of the block's own."""
-    hashes = {
-        name: hash_of((*part.parameters(), *part.buffers()))
-        for name, part in block.named_children()
-        if any(True for _ in part.parameters())
-    }
-    if own := (*block.parameters(recurse=False), *block.buffers(recurse=False)):
-        hashes["(own)"] = hash_of(own)
-    return hashes
+def parts_of(structure: Structure, name: str) -> list[str]:
+    """Of one block, also where it is made as another."""
+    parts = structure.get(name, [])
+    return structure.get(parts[0].removeprefix("as "), parts) if len(parts) == 1 else parts
+
+
+def weights_of(block: nn.Module) -> list[str]:
+    """`part=hash` of the values of each direct part's parameters and buffers, and of the block's own."""
+    parts = {name: (*part.parameters(), *part.buffers()) for name, part in block.named_children()}
+    parts["(own)"] = (*block.parameters(recurse=False), *block.buffers(recurse=False))
+    return [f"{name}={hash_of(tensors)}" for name, tensors in parts.items() if tensors]
 
 
 def hash_of(tensors: Iterable[Tensor]) -> str:

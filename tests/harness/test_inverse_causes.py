@@ -35,7 +35,7 @@ def check(tmp_path: Path) -> Check:
         (blocks.with_f_and_g_exchanged, "f and g changed places"),
         (blocks.with_other_weights, "the weights of g are others"),
         (blocks.in_eval_mode, "in eval mode"),
-        (planted("other order"), "its forward runs g, f; it ran f, g"),
+        (planted("other order"), "its forward runs g f; it ran f g"),
         (planted("order of the inverse"), "its inverse runs f, g; to undo f, g it has to run g, f"),
         (planted("eval in the inverse"), "BatchNorm2d g.0 runs in eval mode in the inverse, in training mode before"),
         (planted("bf16 in the inverse"), "`sub` is computed in bfloat16, and the streams are float64"),
