@@ -101,6 +101,9 @@ class TraceRow(NamedTuple):
     owners  rank, 0 first    "category: owner"          bytes above step start at the peak of that step; the last may be
                                                         "others"
     drift   block            rel, max_abs, max_ulp      see `revnet_core.BlockDrift`
+    followed  steps trained  loss, stored_loss          of the next step, and of that of the stored twin
+                             "kind metric",             of an audit, on that kind of data
+                             "kind rel block"
     """
 
     table: str

@@ -1,4 +1,4 @@
-"""What one rank of a trial does: warm up, time steps, measure one step's memory, then audit drift."""
+"""What one rank of a trial does: warm up, time steps, measure one step's memory, follow drift, audit."""
 
 import gc
 import math
@@ -15,6 +15,7 @@ from harness.data import CHANNELS, load_data
 from harness.engine import TrainingEngine, gather, join_ranks, leave_ranks, pick_device, set_compute
 from harness.errors import PredictionError
 from harness.exports import asked_exports
+from harness.followed import follow_drift
 from harness.footprint import Step, attribute_footprint, measure_footprint
 from harness.measure.drift import DRIFT_METRICS, measure_drift
 from harness.measure.flops import measure_flops, utilization
@@ -66,11 +67,15 @@ def train(spec: TrialSpec, scratch: Path, result: Result) -> None:
     join_ranks(device, scratch)
     try:
         _train_under_engine(spec, device, result)
+        # The limit is of a training step, and an audit needs more: it stores, in float64 too.
+        limit_memory(device, None)
+        metrics, rows, unmeasured = follow_drift(spec, device)
+        result.metrics |= metrics
+        result.unmeasured |= unmeasured
+        result.trace += rows
     finally:
         leave_ranks()
     gc.collect()
-    # The limit is of a training step, and an audit needs more: it stores, in float64 too.
-    limit_memory(device, None)
     if spec.audit_batch_size == 0:
         result.unmeasured |= dict.fromkeys(DRIFT_METRICS, "the study's audit_batch_size is 0")
         return

@@ -114,6 +114,10 @@ class TrialSpec(_Inert):
     warmup_steps: int = Field(default=2, ge=0)
     measured_steps: int = Field(default=5, ge=1)
     audit_batch_size: int = Field(default=16, ge=0, description="samples of the drift and gradient audit; 0: none")
+    drift_steps: int = Field(default=0, ge=0, description="of a training over which drift is followed; 0: none")
+    drift_audits: int = Field(
+        default=11, ge=2, description="audits on the way, before the first step and after the last"
+    )
     learning_rate: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     seed: int = Field(default=0, ge=0, lt=2**63)
     resources: TrialResources = TrialResources()
