@@ -37,7 +37,7 @@ def memory_against_depth(frame: pd.DataFrame, metric: str, label: str) -> go.Fig
         horizontal_spacing=0.03,
         subplot_titles=[f"batch {batch}" for batch in batches],
     )
-    styles = _styles(frame)
+    styles = strategy_styles(frame)
     law = depth_law(frame, metric)
     top_mib = frame[metric].max() / MIB
     for column, batch in enumerate(batches, start=1):
@@ -53,7 +53,7 @@ def memory_against_depth(frame: pd.DataFrame, metric: str, label: str) -> go.Fig
             _add_out_of_memory(figure, cell[cell["status"] == "oom"], top_mib, strategy, style, column)
         figure.update_xaxes(title_text="depth (layers)", row=1, col=column)
     figure.update_yaxes(title_text=f"{label} (MiB)", rangemode="tozero", row=1, col=1)
-    return _dressed(figure, f"{label} in MiB against depth in layers, by strategy")
+    return dressed(figure, f"{label} in MiB against depth in layers, by strategy")
 
 
 def time_against_memory(frame: pd.DataFrame) -> go.Figure | None:
@@ -74,7 +74,7 @@ def time_against_memory(frame: pd.DataFrame) -> go.Figure | None:
             xs += [start.iloc[0]["activation_peak_bytes"] / MIB, end["activation_peak_bytes"] / MIB, None]
             ys += [start.iloc[0]["step_median_s"] * 1e3, end["step_median_s"] * 1e3, None]
     figure.add_scatter(x=xs, y=ys, mode="lines", line={"color": "#bbb", "width": 1}, hoverinfo="skip", showlegend=False)
-    for strategy, (color, marker, _) in _styles(frame).items():
+    for strategy, (color, marker, _) in strategy_styles(frame).items():
         rows = usable[usable["strategy"] == strategy]
         bars, middle = step_bars(rows), rows["step_median_s"]
         figure.add_scatter(
@@ -96,7 +96,7 @@ def time_against_memory(frame: pd.DataFrame) -> go.Figure | None:
         )
     figure.update_xaxes(title_text="activation peak (MiB)", rangemode="tozero")
     figure.update_yaxes(title_text="step time, median (ms)", rangemode="tozero")
-    return _dressed(figure, "Median step time in ms against activation peak in MiB, by strategy")
+    return dressed(figure, "Median step time in ms against activation peak in MiB, by strategy")
 
 
 def predicted_against_measured(frame: pd.DataFrame) -> go.Figure | None:
@@ -114,7 +114,7 @@ def predicted_against_measured(frame: pd.DataFrame) -> go.Figure | None:
             x=[0, end_mib], y=[0, end_mib], mode="lines", name="predicted = measured", legendgroup="equal",
             line={"color": "#888", "width": 1}, hoverinfo="skip", showlegend=column == 1, row=1, col=column,
         )  # fmt: skip
-        for strategy, (color, marker, _) in _styles(frame).items():
+        for strategy, (color, marker, _) in strategy_styles(frame).items():
             own = rows["strategy"] == strategy
             if not own.any():
                 continue
@@ -137,7 +137,7 @@ def predicted_against_measured(frame: pd.DataFrame) -> go.Figure | None:
         figure.update_xaxes(title_text="measured (MiB)", rangemode="tozero", row=1, col=column)
         figure.update_yaxes(title_text="predicted (MiB)", rangemode="tozero", row=1, col=column)
     description = f"Predicted against measured MiB of {' and '.join(titles)}, by strategy"
-    return _dressed(figure, description).update_layout(height=400)
+    return dressed(figure, description).update_layout(height=400)
 
 
 def drift_by_block(frame: pd.DataFrame, traces: pd.DataFrame) -> go.Figure | None:
@@ -181,7 +181,7 @@ def drift_by_block(frame: pd.DataFrame, traces: pd.DataFrame) -> go.Figure | Non
     _add_flat(figure, np.where(there & ~np.isfinite(grid), 1.0, np.nan), x, labels, "#cc3311", "NaN or infinite")
     figure.update_xaxes(title_text="reversible block, from the input", type="category")
     figure.update_yaxes(title_text="network, compute, reconstruction", type="category", autorange="reversed")
-    figure = _dressed(figure, "Relative error of the rebuilt input of each block, log10, by network and precision")
+    figure = dressed(figure, "Relative error of the rebuilt input of each block, log10, by network and precision")
     return figure.update_layout(height=190 + 34 * len(labels), margin={"l": 10, "r": 10, "t": 40, "b": 10})
 
 
@@ -272,7 +272,7 @@ def _drift_text(value: float, there: bool) -> str:
     return f"{value:.2e}" if there else ""
 
 
-def _styles(frame: pd.DataFrame) -> dict[str, tuple[str, str, str]]:
+def strategy_styles(frame: pd.DataFrame) -> dict[str, tuple[str, str, str]]:
     """Colour, marker and dash of each strategy, the same in every figure of a page."""
     names = sorted(frame["strategy"].unique())
     colors = [color for color in qualitative.Safe if color != "rgb(136, 136, 136)"]
@@ -282,7 +282,7 @@ def _styles(frame: pd.DataFrame) -> dict[str, tuple[str, str, str]]:
     }
 
 
-def _dressed(figure: go.Figure, description: str) -> go.Figure:
+def dressed(figure: go.Figure, description: str) -> go.Figure:
     """Room for the legend below the axes, so that many strategies cover nothing; `description` is read aloud."""
     return figure.update_layout(
         template="plotly_white",

@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from harness.record import Record
 from harness.store import LAWS, RunStore
-from reports import figures, predictions, verdict
+from reports import figures, predictions, training, verdict
 from reports.frames import laws, missing_ids, trace_frame, trials_frame
 from reports.summary import headings_of, summary
 from reports.table import SYMBOLS, trials_table
@@ -128,6 +128,19 @@ def _sections(store: RunStore, frame: pd.DataFrame) -> list[Section]:
             "activations and the one with stored, same weights, batch and precision.",
         ),
     ]
+    followed = trace_frame(store, list(measured["id"]), training.TABLE)
+    if len(followed):
+        sections.append(
+            _section(
+                "training",
+                "Drift over training",
+                lambda: training.angle_over_training(frame, followed),
+                lambda: training.training_sentences(frame, followed),
+                "Gradient angle: as above, on the weights after so many steps of training, on images of the trained "
+                "split, of the held-out split, and on noise. Dotted: the stored gradient against float64, which is how "
+                "far off it is itself. The stored twin sees the same batches in the same order.",
+            )
+        )
     if predictions.is_mentioned(frame):
         sections.insert(2, _prediction_section(frame))
     return sections

@@ -1,0 +1,92 @@
+"""Drift over training: the gradient angle of rebuilt activations against the steps trained, on three kinds of data."""
+
+import math
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from reports.figures import dressed, strategy_styles
+
+TABLE = "followed"
+KINDS = {"train": "training images", "held_out": "held-out images", "random": "noise"}
+ANGLE, FLOOR = "gradient_angle_deg", "stored_reference_angle_deg"
+
+
+def angle_over_training(frame: pd.DataFrame, followed: pd.DataFrame) -> go.Figure | None:
+    """Degrees against steps trained, one panel for each kind of data; dotted, the stored gradient against float64.
+
+    An angle of 0, which a logarithmic axis has no place for, stands on a line of its own at the bottom. None when no
+    trial was followed.
+    """
+    rows = _angles(frame, followed)
+    if rows.empty:
+        return None
+    positive = rows["value"][rows["value"] > 0]
+    zero = 10.0 ** (math.floor(math.log10(positive.min())) - 1) if len(positive) else 1e-16
+    figure = make_subplots(
+        cols=len(KINDS), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=list(KINDS.values())
+    )
+    for column, kind in enumerate(KINDS, start=1):
+        for strategy, (color, marker, dash) in strategy_styles(frame).items():
+            for name, line in ((ANGLE, dash), (FLOOR, "dot")):
+                own = rows[(rows["kind"] == kind) & (rows["metric"] == name) & (rows["strategy"] == strategy)]
+                if own.empty:
+                    continue
+                middle = own.groupby("index")["value"].median()
+                label = strategy if name == ANGLE else f"{strategy}: stored against float64"
+                figure.add_scatter(
+                    x=middle.index,
+                    y=middle.where(middle > 0, zero),
+                    customdata=middle,
+                    mode="lines+markers" if name == ANGLE else "lines",
+                    name=label,
+                    legendgroup=label,
+                    showlegend=column == 1,
+                    marker={"color": color, "symbol": marker, "size": 8, "line": {"width": 1, "color": "#333"}},
+                    line={"color": color, "dash": line, "width": 2 if name == ANGLE else 1},
+                    hovertemplate="%{customdata:.3g} degrees after %{x} steps<extra>%{fullData.name}</extra>",
+                    row=1,
+                    col=column,
+                )
+        figure.update_xaxes(title_text="steps trained", row=1, col=column)
+    powers = range(round(math.log10(zero)) + 1, 3)
+    ticks = {zero: "0"} | {10.0**power: f"1e{power}" if power else "1" for power in powers}
+    figure.update_yaxes(type="log", tickvals=list(ticks), ticktext=list(ticks.values()))
+    figure.update_yaxes(title_text="gradient angle (degrees)", row=1, col=1)
+    description = "Gradient angle in degrees against steps trained, by strategy and kind of data"
+    return dressed(figure, description).update_layout(height=440)
+
+
+def training_sentences(frame: pd.DataFrame, followed: pd.DataFrame) -> list[str]:
+    """The largest angle of each strategy by kind of data, and when its loss left that of the stored twin."""
+    sentences = []
+    rows = _angles(frame, followed)
+    for strategy, own in rows[rows["metric"] == ANGLE].groupby("strategy", sort=False) if len(rows) else ():
+        largest = own.groupby("kind")["value"].max().reindex(list(KINDS)).dropna()
+        angles = ", ".join(f"{value:.2g}° on {KINDS[str(kind)]}" for kind, value in largest.items())
+        if (largest == 0).all():
+            angles = "0° on each kind of data"
+        trials = frame[frame["strategy"] == strategy]
+        sentences.append(
+            f"{strategy}: over {own['index'].max():.0f} steps the gradient's largest angle to that with stored "
+            f"activations is {angles}; {_parting(trials)}."
+        )
+    return sentences
+
+
+def _parting(trials: pd.DataFrame) -> str:
+    steps = trials.get("followed_parted_step", pd.Series(dtype=float)).dropna()
+    if steps.empty:
+        return "its loss stays within 1 % of the stored twin's"
+    return f"its loss parts from the stored twin's by more than 1 % in step {steps.min():.0f}"
+
+
+def _angles(frame: pd.DataFrame, followed: pd.DataFrame) -> pd.DataFrame:
+    """Columns id, index, value, kind, metric, strategy."""
+    if followed.empty:
+        return pd.DataFrame(columns=["id", "index", "value", "kind", "metric", "strategy"])
+    parts = followed["name"].str.split(" ", n=1, expand=True).reindex(columns=[0, 1])
+    rows = followed.assign(kind=parts[0], metric=parts[1])
+    rows = rows[rows["metric"].isin([ANGLE, FLOOR])].drop(columns="name")
+    return rows.merge(frame[["id", "strategy"]], on="id")
