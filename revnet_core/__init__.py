@@ -1,5 +1,6 @@
 """Reversible networks for PyTorch: backward without stored activations, and what that costs in accuracy."""
 
+from revnet_core.affine import AffineCoupling as AffineCoupling
 from revnet_core.audit import BlockDrift as BlockDrift
 from revnet_core.audit import GradientParity as GradientParity
 from revnet_core.audit import audit_gradients as audit_gradients
