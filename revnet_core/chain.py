@@ -124,11 +124,15 @@ def derivatives(tensors: list[Tensor | None], split_dim: int) -> Derivatives:
 class ChainRun:
     """One forward through a chain of blocks, and what is needed to walk back; block by block, or at once.
 
+    bitwise  F and G are evaluated again as they were, see `Replay`; as they always are where the precision is exact
     streams  where the walk is: the two streams between the blocks before and behind; None when it is nowhere
     """
 
-    def __init__(self, blocks: Sequence[Block], precision: Precision, side: dict[str, Any]) -> None:
+    def __init__(
+        self, blocks: Sequence[Block], precision: Precision, side: dict[str, Any], *, bitwise: bool = False
+    ) -> None:
         self.blocks = blocks
+        self._bitwise = bitwise or precision.exact
         self.precision = precision
         self.side = dict(side)
         self.streams: Buffers | None = None
@@ -188,8 +192,8 @@ class ChainRun:
                 if isinstance(block, SpaceToDepth):
                     _restore(block, s1, s2)
                 else:
-                    s2.change(block.undo, self.precision.residual(self._replayed(index, block, "g", s1.value)))
-                    s1.change(block.undo, self.precision.residual(self._replayed(index, block, "f", s2.value)))
+                    s2.change(block.undo, self.precision.residual(self.replayed(index, block, "g", s1.value)))
+                    s1.change(block.undo, self.precision.residual(self.replayed(index, block, "f", s2.value)))
                 if observe:
                     observe(index, (s1.value, s2.value))
         return s1.value, s2.value
@@ -224,6 +228,13 @@ class ChainRun:
             if isinstance(block, Coupling):
                 yield from (block.f, block.g)
 
+    def replayed(self, index: int, block: Coupling, name: NetName, source: Tensor) -> Tensor:
+        """F or G of a stream, with all that the block's forward found and drew; differentiable."""
+        assert self._autocast is not None
+        replay = self._replays[index][name]
+        with located(f"couplings[{index}].{name}: "), replay.replaying(), self._autocast.restored():
+            return block.evaluate(name, source, self.side, own_copy=replay.observed)
+
     def with_side(self, tensors: dict[str, Tensor]) -> "ChainRun":
         """The same run with these side tensors in place of the forward's."""
         run = copy.copy(self)
@@ -231,7 +242,7 @@ class ChainRun:
         return run
 
     def _new_replay(self, net: nn.Module, device: torch.device) -> Replay:
-        return Replay(net, device, bitwise=self.precision.exact)
+        return Replay(net, device, bitwise=self._bitwise)
 
     def _forward_half(
         self,
@@ -278,7 +289,7 @@ class ChainRun:
     ) -> None:
         leaf = source.value.detach().requires_grad_()
         with torch.set_grad_enabled(d_target.value is not None):
-            out = self._replayed(index, block, name, leaf)
+            out = self.replayed(index, block, name, leaf)
         with torch.no_grad():
             residual = self.precision.residual(out.detach())
             target.change(block.undo, residual)
@@ -294,12 +305,6 @@ class ChainRun:
             d_leaf = gradients.collect(getattr(block, name), replay.trained_parameters, leaf, root, d_out)
         if d_leaf is not None:
             d_source.add(d_leaf)
-
-    def _replayed(self, index: int, block: Coupling, name: NetName, source: Tensor) -> Tensor:
-        assert self._autocast is not None
-        replay = self._replays[index][name]
-        with located(f"couplings[{index}].{name}: "), replay.replaying(), self._autocast.restored():
-            return block.evaluate(name, source, self.side, own_copy=replay.observed)
 
 
 def _restore(block: SpaceToDepth, first: Buffer, second: Buffer) -> None:
