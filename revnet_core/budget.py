@@ -60,8 +60,8 @@ class SavedBytes:
         self.block_bytes = [0] * len(blocks)
         # Kept, since a buffer that is replaced would leave its address to somebody else.
         self._own = [t for block in blocks for t in (*block.parameters(), *block.buffers())]
-        # The streams that a block has been charged with: G's source is what the next block's F changes.
-        self._charged: set[int] = set()
+        # The streams that a block has been charged with: G's source is what the next block's F changes. Kept as well.
+        self._charged: dict[int, Tensor] = {}
 
     def net(self, index: int, call: Callable[[Tensor], Tensor], source: Tensor) -> Tensor:
         copies: list[Tensor] = []
@@ -73,17 +73,17 @@ class SavedBytes:
         out, saved = self._measured(index, call_on_copy, source)
         # It stands for the stream that the net will get itself if it leaves it alone.
         if copies[0]._version == 0 and _address_of(copies[0]) in saved:
-            self._charged.add(_address_of(source))
+            self._charged[_address_of(source)] = source
         return out
 
     def update(self, index: int, update: Callable[..., Tensor], stream: Tensor, residual: Tensor) -> Tensor:
         changed, _ = self._measured(index, update, stream, residual)
-        self._charged -= {_address_of(stream), _address_of(changed)}
+        self._charged.pop(_address_of(stream), None)
         return changed
 
     def _measured(self, index: int, call: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, set[int]]:
         """What the call returns, and the addresses of what was saved for the first time."""
-        known = {_address_of(t) for t in self._own} | self._charged
+        known = {_address_of(t) for t in self._own} | self._charged.keys()
         new: set[int] = set()
         # The graph dies with this call; what it saved is kept until then, for the same reason.
         saved: list[Tensor] = []

@@ -15,6 +15,7 @@ from revnet_core import (
     Precision,
     ReversibleSequence,
     ShapeError,
+    SpaceToDepth,
     UnsupportedError,
     audit_gradients,
     audit_inverse,
@@ -202,6 +203,25 @@ def test_a_budget_counts_what_the_products_save(kind: str, fitting: float) -> No
     assert min(int(fitting), 5) * block_bytes <= second_bytes + stream_bytes <= budget_bytes + 3 * stream_bytes
     expected = training_step(twin_of(model, "stored"), input_of(kind))
     assert_same(training_step(model, input_of(kind)), expected)
+
+
+def test_a_budget_holds_where_streams_are_rearranged() -> None:
+    torch.manual_seed(1)
+    couplings = [
+        AffineCoupling(nn.Conv2d(2, 4, 1), nn.Conv2d(2, 4, 1)),
+        SpaceToDepth(),
+        *(AffineCoupling(nn.Conv2d(8, 16, 1), nn.Conv2d(8, 16, 1)) for _ in range(3)),
+    ]
+    model = ReversibleSequence(couplings, activations="stored", precision=FP64).double()
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64, requires_grad=True)
+    model(x)
+    stored_bytes = forward_and_count(model, x).saved_bytes
+    for part in (0.3, 0.6, 1.1):
+        model.activations = Budgeted(budget_bytes := int(part * stored_bytes))
+        model(x)
+        between_bytes = x.numel() * x.element_size() if part < 1 else 0
+        assert forward_and_count(model, x).saved_bytes <= budget_bytes + between_bytes
+    assert forward_and_count(model, x).saved_bytes == stored_bytes
 
 
 def test_state_dict_keys_are_those_of_additive_couplings() -> None:
