@@ -1,5 +1,8 @@
 """Reversible networks for PyTorch: backward without stored activations, and what that costs in accuracy."""
 
+from revnet_core.affine import AffineCoupling as AffineCoupling
+from revnet_core.amplification import BlockAmplification as BlockAmplification
+from revnet_core.amplification import audit_amplification as audit_amplification
 from revnet_core.audit import BlockDrift as BlockDrift
 from revnet_core.audit import GradientParity as GradientParity
 from revnet_core.audit import audit_gradients as audit_gradients
@@ -19,6 +22,8 @@ from revnet_core.errors import ReversibleError as ReversibleError
 from revnet_core.errors import ShapeError as ShapeError
 from revnet_core.errors import UnknownModelError as UnknownModelError
 from revnet_core.errors import UnsupportedError as UnsupportedError
+from revnet_core.jacobian import JacobianBounds as JacobianBounds
+from revnet_core.jacobian import singular_values as singular_values
 from revnet_core.networks import check_channels as check_channels
 from revnet_core.networks import check_depth as check_depth
 from revnet_core.networks import create_model as create_model

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revnet_core.chain import ChainRun, Derivatives, Evaluator, buffers, derivatives
+from revnet_core.chain import ChainRun, Derivatives, Meter, buffers, derivatives
 from revnet_core.errors import DoubleBackwardError
 from revnet_core.exactness import Judge
 from revnet_core.gradients import Gradients
@@ -27,7 +27,7 @@ def backpropagate(
     split_dim: int,
     join: bool,
     judge: Judge,
-    evaluate: Evaluator | None = None,
+    meter: Meter | None = None,
 ) -> tuple[Tensor, ...]:
     """Run the chain so that backward rebuilds what it needs.
 
@@ -38,7 +38,7 @@ def backpropagate(
     Raises DoubleBackwardError, OutsideTensorError and what `judge` raises in the backward.
     """
     side = {name: value for name, value in run.side.items() if isinstance(value, Tensor)}
-    walk = _Walk(run, split_dim, list(side), judge, evaluate)
+    walk = _Walk(run, split_dim, list(side), judge, meter)
     # A partitioned parameter cannot be a node's input, so something else has to ask for a gradient.
     anchor = torch.empty((), device=inputs[0].device, requires_grad=walk.uses is not None)
     token: Any = _Open.apply(walk, anchor, *inputs)
@@ -54,13 +54,11 @@ class _Walk:
     """What the nodes of one forward share: between the forward's nodes the streams, between the backward's the way
     back."""
 
-    def __init__(
-        self, run: ChainRun, split_dim: int, side_names: list[str], judge: Judge, evaluate: Evaluator | None
-    ) -> None:
+    def __init__(self, run: ChainRun, split_dim: int, side_names: list[str], judge: Judge, meter: Meter | None) -> None:
         self.run = run
         self.split_dim = split_dim
         self.side_names = side_names
-        self.evaluate = evaluate
+        self.meter = meter
         self.judge = judge
         self._parameters = [trained_parameters(modules_of(block)) for block in run.blocks]
         partitioned = any(is_partitioned(p) for parameters in self._parameters for p in parameters)
@@ -156,7 +154,7 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, walk: _Walk, index: int, token: Tensor, *tensors: Tensor) -> Tensor:
         ctx.walk, ctx.index = walk, index
-        walk.run.step(index, walk.evaluate, walked_back=any(ctx.needs_input_grad))
+        walk.run.step(index, walk.meter, walked_back=any(ctx.needs_input_grad))
         return torch.empty_like(token)
 
     @staticmethod

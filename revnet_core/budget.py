@@ -54,28 +54,54 @@ class Budgeted:
 
 
 class SavedBytes:
-    """An evaluator for `ChainRun.forward` that adds up what autograd would save of each block."""
+    """A `Meter` for `ChainRun.step` that adds up what autograd would save of each block."""
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self.block_bytes = [0] * len(blocks)
         # Kept, since a buffer that is replaced would leave its address to somebody else.
         self._own = [t for block in blocks for t in (*block.parameters(), *block.buffers())]
+        # The streams that a block has been charged with: G's source is what the next block's F changes. Kept as well.
+        self._charged: dict[int, Tensor] = {}
 
-    def __call__(self, index: int, call: Callable[[Tensor], Tensor], source: Tensor) -> Tensor:
-        seen = {t.untyped_storage()._cdata for t in self._own}
+    def net(self, index: int, call: Callable[[Tensor], Tensor], source: Tensor) -> Tensor:
+        copies: list[Tensor] = []
+
+        def call_on_copy(leaf: Tensor) -> Tensor:
+            copies.append(leaf.clone())
+            return call(copies[0])
+
+        out, saved = self._measured(index, call_on_copy, source)
+        # It stands for the stream that the net will get itself if it leaves it alone.
+        if copies[0]._version == 0 and _address_of(copies[0]) in saved:
+            self._charged[_address_of(source)] = source
+        return out
+
+    def update(self, index: int, update: Callable[..., Tensor], stream: Tensor, residual: Tensor) -> Tensor:
+        changed, _ = self._measured(index, update, stream, residual)
+        self._charged.pop(_address_of(stream), None)
+        return changed
+
+    def _measured(self, index: int, call: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, set[int]]:
+        """What the call returns, and the addresses of what was saved for the first time."""
+        known = {_address_of(t) for t in self._own} | self._charged.keys()
+        new: set[int] = set()
         # The graph dies with this call; what it saved is kept until then, for the same reason.
         saved: list[Tensor] = []
 
         def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in seen:
-                seen.add(storage._cdata)
-                self.block_bytes[index] += storage.nbytes()
+            address = _address_of(tensor)
+            if address not in known | new:
+                new.add(address)
+                self.block_bytes[index] += tensor.untyped_storage().nbytes()
             saved.append(tensor)
             return tensor
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            return call(source.detach().requires_grad_()).detach()
+            return call(*(t.detach().requires_grad_() for t in inputs)).detach(), new
+
+
+def _address_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _fitting(block_bytes: Sequence[int], budget_bytes: int) -> tuple[int, int]:

@@ -6,12 +6,12 @@ Legend: s1, s2 the two streams; d1, d2 the gradients of the loss by them.
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from revnet_core.coupling import AdditiveCoupling, NetName
+from revnet_core.coupling import Coupling, NetName
 from revnet_core.downsampling import SpaceToDepth
 from revnet_core.errors import located
 from revnet_core.exactness import GridWatch, Verdict
@@ -19,12 +19,25 @@ from revnet_core.gradients import Gradients, refuse_outside_tensors, root_of
 from revnet_core.precision import Precision
 from revnet_core.replay import AutocastState, Replay
 
-Block = AdditiveCoupling | SpaceToDepth
+Block = Coupling | SpaceToDepth
 Streams = tuple[Tensor, Tensor]
 # Called with the index of a block and its input streams, before the forward and after the rebuild of it.
 Observer = Callable[[int, Streams], None]
-# Called with the index of a block and an evaluation of one of its nets to be made in its place.
-Evaluator = Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor]
+
+
+class Change(Protocol):
+    """`update` or `undo` of a coupling."""
+
+    def __call__(self, stream: Tensor, residual: Tensor, *, in_place: bool = False) -> Tensor: ...
+
+
+class Meter(Protocol):
+    """Makes the evaluations of F and G, each on a copy of its source, and the updates by what comes of them, in place
+    of plain calls. Gets the index of the block."""
+
+    def net(self, index: int, call: Callable[[Tensor], Tensor], source: Tensor) -> Tensor: ...
+
+    def update(self, index: int, update: Change, stream: Tensor, residual: Tensor) -> Tensor: ...
 
 
 class Buffer:
@@ -34,11 +47,21 @@ class Buffer:
         self.value = value
         self._own = own
 
-    def add(self, other: Tensor, sign: int = 1) -> None:
+    def add(self, other: Tensor) -> None:
         if self._own:
-            self.value.add_(other, alpha=sign)
+            self.value.add_(other)
         else:
-            self.replace(torch.add(self.value, other.to(self.value.dtype), alpha=sign))
+            self.replace(self.value + other.to(self.value.dtype))
+
+    def change(self, change: Change, residual: Tensor) -> None:
+        self.replace(change(self.value, residual, in_place=self._own))
+
+    def pull(self, block: Coupling, stream: Tensor, residual: Tensor) -> Tensor:
+        """As a gradient, through a change of its stream; returns the one by the residual, which may be this one."""
+        d_stream, d_residual = block.pull(self.value, stream, residual, in_place=self._own)
+        if d_stream is not self.value:
+            self.replace(d_stream)
+        return d_residual
 
     def replace(self, value: Tensor) -> None:
         self.value, self._own = value, True
@@ -60,6 +83,9 @@ class Derivative:
             self._buffer = Buffer(other.clone(), own=True)
         else:
             self._buffer.add(other)
+
+    def pull(self, block: Coupling, stream: Tensor, residual: Tensor) -> Tensor | None:
+        return None if self._buffer is None else self._buffer.pull(block, stream, residual)
 
     def rearrange(self, function: Callable[[Tensor], Tensor]) -> None:
         if self._buffer is not None:
@@ -98,11 +124,15 @@ def derivatives(tensors: list[Tensor | None], split_dim: int) -> Derivatives:
 class ChainRun:
     """One forward through a chain of blocks, and what is needed to walk back; block by block, or at once.
 
+    bitwise  F and G are evaluated again as they were, see `Replay`; as they always are where the precision is exact
     streams  where the walk is: the two streams between the blocks before and behind; None when it is nowhere
     """
 
-    def __init__(self, blocks: Sequence[Block], precision: Precision, side: dict[str, Any]) -> None:
+    def __init__(
+        self, blocks: Sequence[Block], precision: Precision, side: dict[str, Any], *, bitwise: bool = False
+    ) -> None:
         self.blocks = blocks
+        self._bitwise = bitwise or precision.exact
         self.precision = precision
         self.side = dict(side)
         self.streams: Buffers | None = None
@@ -117,10 +147,9 @@ class ChainRun:
         if self.precision.exact:
             self._watch = GridWatch(self.precision, s1.value, s2.value, len(self.blocks))
 
-    def step(self, index: int, evaluate: Evaluator | None = None, *, walked_back: bool = True) -> None:
+    def step(self, index: int, meter: Meter | None = None, *, walked_back: bool = True) -> None:
         """One block forward.
 
-        evaluate     makes the evaluations of F and G, in place of a plain call
         walked_back  whether a backward may come to the block; it does not where nothing known needs a gradient, and
                      what is not known has to be found here
         """
@@ -136,8 +165,8 @@ class ChainRun:
                 s2.replace(y2)
                 return
             self._replays.append({name: self._new_replay(getattr(block, name), s1.value.device) for name in ("f", "g")})
-            self._forward_half(index, block, "f", s2, s1, evaluate, walked_back)
-            self._forward_half(index, block, "g", s1, s2, evaluate, walked_back)
+            self._forward_half(index, block, "f", s2, s1, meter, walked_back)
+            self._forward_half(index, block, "g", s1, s2, meter, walked_back)
 
     def close(self) -> Streams:
         """End the forward; returns the chain's output."""
@@ -163,8 +192,8 @@ class ChainRun:
                 if isinstance(block, SpaceToDepth):
                     _restore(block, s1, s2)
                 else:
-                    s2.add(self.precision.residual(self._replayed(index, block, "g", s1.value)), -1)
-                    s1.add(self.precision.residual(self._replayed(index, block, "f", s2.value)), -1)
+                    s2.change(block.undo, self.precision.residual(self.replayed(index, block, "g", s1.value)))
+                    s1.change(block.undo, self.precision.residual(self.replayed(index, block, "f", s2.value)))
                 if observe:
                     observe(index, (s1.value, s2.value))
         return s1.value, s2.value
@@ -196,8 +225,15 @@ class ChainRun:
     def nets(self) -> Iterator[nn.Module]:
         """F and G of each coupling, each as often as it is evaluated."""
         for block in self.blocks:
-            if isinstance(block, AdditiveCoupling):
+            if isinstance(block, Coupling):
                 yield from (block.f, block.g)
+
+    def replayed(self, index: int, block: Coupling, name: NetName, source: Tensor) -> Tensor:
+        """F or G of a stream, with all that the block's forward found and drew; differentiable."""
+        assert self._autocast is not None
+        replay = self._replays[index][name]
+        with located(f"couplings[{index}].{name}: "), replay.replaying(), self._autocast.restored():
+            return block.evaluate(name, source, self.side, own_copy=replay.observed)
 
     def with_side(self, tensors: dict[str, Tensor]) -> "ChainRun":
         """The same run with these side tensors in place of the forward's."""
@@ -206,39 +242,44 @@ class ChainRun:
         return run
 
     def _new_replay(self, net: nn.Module, device: torch.device) -> Replay:
-        return Replay(net, device, bitwise=self.precision.exact)
+        return Replay(net, device, bitwise=self._bitwise)
 
     def _forward_half(
         self,
         index: int,
-        block: AdditiveCoupling,
+        block: Coupling,
         name: NetName,
         source: Buffer,
         target: Buffer,
-        evaluate: Evaluator | None,
+        meter: Meter | None,
         walked_back: bool,
     ) -> None:
         replay = self._replays[index][name]
 
         def call(stream: Tensor) -> Tensor:
+            copying = {"own_copy": replay.observed, "copied": meter is not None}
             if walked_back:
-                return block.evaluate(name, stream, self.side, own_copy=replay.observed)
+                return block.evaluate(name, stream, self.side, **copying)
             with torch.enable_grad():
-                out = block.evaluate(name, stream.detach(), self.side, own_copy=replay.observed)
+                out = block.evaluate(name, stream.detach(), self.side, **copying)
             if root := root_of(out):
                 refuse_outside_tensors(getattr(block, name), root, ())
             return out.detach()
 
         with located(f"couplings[{index}].{name}: "), replay.recording():
-            out = evaluate(index, call, source.value) if evaluate else call(source.value)
-        target.add(self.precision.residual(out))
+            out = meter.net(index, call, source.value) if meter else call(source.value)
+        residual = self.precision.residual(out)
+        if meter:
+            target.replace(meter.update(index, block.update, target.value, residual))
+        else:
+            target.change(block.update, residual)
         if self._watch:
             self._watch.note(index, target.value)
 
     def _backward_half(
         self,
         index: int,
-        block: AdditiveCoupling,
+        block: Coupling,
         name: NetName,
         source: Buffer,
         target: Buffer,
@@ -248,25 +289,22 @@ class ChainRun:
     ) -> None:
         leaf = source.value.detach().requires_grad_()
         with torch.set_grad_enabled(d_target.value is not None):
-            out = self._replayed(index, block, name, leaf)
+            out = self.replayed(index, block, name, leaf)
         with torch.no_grad():
-            target.add(self.precision.residual(out.detach()), -1)
+            residual = self.precision.residual(out.detach())
+            target.change(block.undo, residual)
+            d_residual = d_target.pull(block, target.value, residual)
         root, dtype = root_of(out), out.dtype
-        del out
-        if root is None or d_target.value is None:
+        del out, residual
+        if root is None or d_residual is None:
             return
         replay = self._replays[index][name]
-        d_out = d_target.value.to(dtype, copy=replay.observed)
+        d_out = d_residual.to(dtype, copy=replay.observed)
+        del d_residual
         with located(f"couplings[{index}].{name}: "):
             d_leaf = gradients.collect(getattr(block, name), replay.trained_parameters, leaf, root, d_out)
         if d_leaf is not None:
             d_source.add(d_leaf)
-
-    def _replayed(self, index: int, block: AdditiveCoupling, name: NetName, source: Tensor) -> Tensor:
-        assert self._autocast is not None
-        replay = self._replays[index][name]
-        with located(f"couplings[{index}].{name}: "), replay.replaying(), self._autocast.restored():
-            return block.evaluate(name, source, self.side, own_copy=replay.observed)
 
 
 def _restore(block: SpaceToDepth, first: Buffer, second: Buffer) -> None:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from revnet_core.chain import Block, Streams
-from revnet_core.coupling import AdditiveCoupling
+from revnet_core.coupling import Coupling
 from revnet_core.downsampling import SpaceToDepth
 from revnet_core.errors import UnsupportedError
 from revnet_core.precision import Precision
@@ -147,11 +147,11 @@ class _CompiledChain(torch.autograd.Function):
             if isinstance(block, SpaceToDepth):
                 s1, s2 = block(s1, s2)
                 continue
-            assert isinstance(block, AdditiveCoupling)
+            assert isinstance(block, Coupling)
             buffers += _buffers(block.f, nets[0])
-            s1 = s1 + precision.residual(block.f(call.given(nets[0], s2), **side))
+            s1 = block.update(s1, precision.residual(block.f(call.given(nets[0], s2), **side)))
             buffers += _buffers(block.g, nets[1])
-            s2 = s2 + precision.residual(block.g(call.given(nets[1], s1), **side))
+            s2 = block.update(s2, precision.residual(block.g(call.given(nets[1], s1), **side)))
         ctx.couplings, ctx.precision, ctx.call, ctx.buffer_count = couplings, precision, call, len(buffers)
         # What is saved is what is returned, so that it is kept once.
         outputs = _join(s1, s2, call.split_dim)
@@ -179,7 +179,7 @@ class _CompiledChain(torch.autograd.Function):
                 net, module = nets[half], block.g if half else block.f
                 own = dict(zip(net.buffers, buffers[len(buffers) - len(net.buffers) :], strict=True))
                 buffers = buffers[: len(buffers) - len(net.buffers)]
-                source, d_target = (s1, d2) if half else (s2, d1)
+                source, target, d_target = (s1, s2, d2) if half else (s2, s1, d1)
 
                 def evaluate(
                     weights: dict[str, Tensor],
@@ -202,15 +202,17 @@ class _CompiledChain(torch.autograd.Function):
                 moving = [s for s, need in zip(side, needed, strict=True) if need]
                 out, pull, *_ = vjp(evaluate, weights, source, moving)  # pyright: ignore[reportGeneralTypeIssues]
                 residual = precision.residual(out)
-                d_weights, d_stream, d_moving = pull(d_target.to(out.dtype))
+                target = block.undo(target, residual)
+                d_target, d_residual = block.pull(d_target, target, residual)
+                d_weights, d_source, d_moving = pull(d_residual.to(out.dtype))
                 for name, position in net.parameters:
                     d_parameters[position] = _sum(d_parameters[position], d_weights[name])
                 moved = iter(d_moving)
                 d_side = [_sum(d, next(moved)) if need else None for d, need in zip(d_side, needed, strict=True)]
                 if half:
-                    s2, d1 = s2 - residual, d1 + d_stream
+                    s2, d1, d2 = target, d1 + d_source, d_target
                 else:
-                    s1, d2 = s1 - residual, d2 + d_stream
+                    s1, d1, d2 = target, d_target, d2 + d_source
         by_inputs = (d1, d2) if call.split_dim is None else (torch.cat((d1, d2), dim=call.split_dim),)
         return None, None, None, *by_inputs, *d_side, *d_parameters
 
@@ -254,9 +256,7 @@ def _plan(number: int) -> tuple[tuple[_Net, ...], ...]:
             None if parameter is None else str(parameter.dtype).removeprefix("torch."),
         )
 
-    return tuple(
-        (describe(block.f), describe(block.g)) if isinstance(block, AdditiveCoupling) else () for block in couplings
-    )
+    return tuple((describe(block.f), describe(block.g)) if isinstance(block, Coupling) else () for block in couplings)
 
 
 @torch.compiler.assume_constant_result
@@ -328,9 +328,9 @@ def _obstacle(
             if isinstance(block, SpaceToDepth):
                 s1, s2 = block(s1, s2)
                 continue
-            assert isinstance(block, AdditiveCoupling)
-            s1 = s1 + _faked(mode, block.f, s2, values)
-            s2 = s2 + _faked(mode, block.g, s1, values)
+            assert isinstance(block, Coupling)
+            s1 = block.update(s1, _faked(mode, block.f, s2, values))
+            s2 = block.update(s2, _faked(mode, block.g, s1, values))
     return spy.found
 
 

@@ -13,7 +13,7 @@ from revnet_core.backprop import backpropagate
 from revnet_core.budget import Budgeted, SavedBytes
 from revnet_core.chain import Block, ChainRun, Streams, split
 from revnet_core.compiled import register, run_compiled
-from revnet_core.coupling import AdditiveCoupling
+from revnet_core.coupling import Coupling
 from revnet_core.downsampling import SpaceToDepth
 from revnet_core.errors import ShapeError, UnsupportedError, located
 from revnet_core.exactness import Verdict
@@ -36,7 +36,8 @@ class ReversibleSequence(nn.Module):
                   sequence takes and returns the two streams, as a pair; sequences that follow each other then
                   pass them on without joining and splitting.
     precision     see `Precision`; `stored` and `checkpointed` compute with the same arithmetic, so that with
-                  reconstruction="exact" all three give bit-identical gradients.
+                  reconstruction="exact" all three give bit-identical gradients. May be changed too. Raises
+                  UnsupportedError for one that a coupling cannot keep.
 
     Gradients are those of "stored", whatever F and G are: random draws are repeated, statistics are updated
     once, autocast is as in the forward, the caller's tensors are never changed. A gradient of a gradient
@@ -60,10 +61,11 @@ class ReversibleSequence(nn.Module):
         super().__init__()
         self.couplings = nn.ModuleList(couplings)
         for index, block in enumerate(self.couplings):
-            if type(block).forward not in (AdditiveCoupling.forward, SpaceToDepth.forward):
+            if type(block).forward not in (Coupling.forward, SpaceToDepth.forward):
                 raise UnsupportedError(
                     f"couplings[{index}] is a {type(block).__name__}, whose forward the backward would not undo. Give "
-                    "an AdditiveCoupling(f, g) or a SpaceToDepth, and put what is special into f and g."
+                    "an AdditiveCoupling(f, g), an AffineCoupling(f, g) or a SpaceToDepth, and put what is special "
+                    "into f and g."
                 )
         self.split_dim = split_dim
         self.activations = activations
@@ -78,6 +80,18 @@ class ReversibleSequence(nn.Module):
     @activations.setter
     def activations(self, value: str | Budgeted) -> None:
         self._activations = value if isinstance(value, Budgeted) else check_activations(value)
+
+    @property
+    def precision(self) -> Precision:
+        return self._precision
+
+    @precision.setter
+    def precision(self, value: Precision) -> None:
+        for index, block in enumerate(self.couplings):
+            if isinstance(block, Coupling):
+                with located(f"couplings[{index}]: "):
+                    block.check_precision(value)
+        self._precision = value
 
     @overload
     def forward(self, x: Tensor, **side: Any) -> Tensor: ...
@@ -106,7 +120,7 @@ class ReversibleSequence(nn.Module):
                 run = ChainRun(chain[:rebuilt], self.precision, side)
                 join = self.split_dim is not None and rebuilt == len(chain)
                 outputs = backpropagate(
-                    run, inputs, split_dim=self.split_dim or 0, join=join, judge=self._judge, evaluate=meter
+                    run, inputs, split_dim=self.split_dim or 0, join=join, judge=self._judge, meter=meter
                 )
                 if meter:
                     self._budget.learn(self, self._key(inputs), meter.block_bytes)

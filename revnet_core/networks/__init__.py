@@ -29,10 +29,10 @@ def create_model(
     """Build a network: N,in_channels,H,W images to N,num_classes logits.
 
     name         a family with `depth` or `units` given, or a family and its depth in one ("revnet110"). A family is
-                 [gomez_]{resnet|revnet}[_bottleneck|_imagenet], or irevnet. Without a prefix the layers are those of
-                 memcnn, with `gomez_` those of the RevNet paper's code. CIFAR's depths are 6n+2 (resnet), 12n+2
-                 (revnet), 9n+2 and 18n+2 (their bottlenecks), 18n+2 (irevnet); ImageNet's 50 and 101 (resnet), 56 and
-                 104 (revnet).
+                 [gomez_]{resnet|revnet}[_bottleneck|_imagenet], irevnet or revnet_affine. Without a prefix the layers
+                 are those of memcnn, with `gomez_` those of the RevNet paper's code. CIFAR's depths are 6n+2 (resnet),
+                 12n+2 (revnet, revnet_affine), 9n+2 and 18n+2 (their bottlenecks), 18n+2 (irevnet); ImageNet's 50 and
+                 101 (resnet), 56 and 104 (revnet).
     units        residual units of each stage, instead of a depth; each stage but the first halves height and width.
     channels     the width of each stage, in which its 3x3 convolutions compute; bottlenecks end four times as wide.
                  Even for a revnet, not decreasing for a `gomez_` family of basic units. Those of an irevnet are of both

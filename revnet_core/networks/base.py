@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from revnet_core.budget import Budgeted
-from revnet_core.coupling import AdditiveCoupling
+from revnet_core.coupling import Coupling
 from revnet_core.networks.layers import Stem, tail
 from revnet_core.networks.units import UnitDesign, UnitShape
 from revnet_core.offload import offloaded
@@ -75,7 +75,7 @@ class Network(nn.Module):
         self.tail = tail(layout.out_channels, num_classes, layout.design.norm)
         self.blocks = sum(layout.units)
         self.reversible_blocks = sum(
-            isinstance(block, AdditiveCoupling)
+            isinstance(block, Coupling)
             for module in self.modules_in_order()
             if isinstance(module, ReversibleSequence)
             for block in module.couplings

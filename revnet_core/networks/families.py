@@ -2,7 +2,7 @@
 
 A family's networks differ in depth. Its name is [gomez_]{resnet|revnet}[_bottleneck|_imagenet]: without a prefix the
 layers are memcnn's, with `gomez_` those of the paper's code; without a suffix the units are basic ones for CIFAR.
-`irevnet` stands beside them.
+`irevnet` and `revnet_affine` stand beside them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ from revnet_core.networks.gomez import GomezRevNet
 from revnet_core.networks.irevnet import IRevNet
 from revnet_core.networks.layers import PoolAndPad, Stem, ZerosInFront, cifar_stem, imagenet_stem
 from revnet_core.networks.resnet import ResNet
-from revnet_core.networks.revnet import RevNet
+from revnet_core.networks.revnet import AffineRevNet, RevNet
 from revnet_core.networks.units import (
     GOMEZ_BASIC,
     GOMEZ_BOTTLENECK,
@@ -117,6 +117,10 @@ IREVNET = Size(
     channels={164: (32, 128, 512)},
     growth=4,
 )
+# No network of it is published; the widths are those of the additive one.
+REVNET_AFFINE = next(size for size in SIZES if size.name == "revnet")._replace(
+    name="revnet_affine", summary="RevNet with affine couplings for CIFAR"
+)
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,8 @@ class Family:
 
 
 FAMILIES = {variant.prefix + size.name: variant.family(size) for variant in VARIANTS for size in SIZES} | {
-    IREVNET.name: Family(IREVNET, IREVNET_BOTTLENECK, IRevNet, "Jacobsen et al.")
+    IREVNET.name: Family(IREVNET, IREVNET_BOTTLENECK, IRevNet, "Jacobsen et al."),
+    REVNET_AFFINE.name: Family(REVNET_AFFINE, MEMCNN_BASIC, AffineRevNet, "memcnn"),
 }
 
 

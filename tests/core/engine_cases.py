@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from revnet_core import AdditiveCoupling, ReversibleSequence
+from revnet_core import AdditiveCoupling, AffineCoupling, ReversibleSequence
 from tests.core.nets import conv_bn
 
 # Buckets smaller than these networks: gradients are reduced while others are still to come.
@@ -111,6 +111,13 @@ def chain(net: Callable[[], nn.Module], count: int) -> ReversibleSequence:
     return ReversibleSequence([AdditiveCoupling(net(), net()) for _ in range(count)])
 
 
+def affine() -> ReversibleSequence:
+    def net() -> nn.Module:
+        return nn.Sequential(conv_bn(), nn.Tanh(), nn.Conv2d(4, 8, 1))
+
+    return ReversibleSequence([AffineCoupling(net(), net()) for _ in range(2)])
+
+
 def sharing() -> nn.Module:
     """Two sequences with one net in common."""
     net = conv_bn()
@@ -129,6 +136,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "plain": lambda: Classifier(stem(), chain(conv_bn, 3)),
     "dropout": lambda: Classifier(stem(), chain(dropping_conv_bn, 2)),
     "nested": lambda: Classifier(stem(), chain(nested, 2)),
+    "affine": lambda: Classifier(stem(), affine()),
     # Its input needs no gradient.
     "chain_first": lambda: Classifier(None, chain(conv_bn, 2)),
     "sharing": sharing,
@@ -143,6 +151,7 @@ CASES = (
     Case("ddp", "plain", "fp64", accumulation=2),
     Case("ddp", "dropout", "fp64"),
     Case("ddp", "nested", "fp64"),
+    Case("ddp", "affine", "fp64"),
     Case("ddp", "chain_first", "fp64"),
     Case("ddp", "sharing", "fp64"),
     Case("ddp", "repeating", "fp64"),
@@ -155,12 +164,14 @@ CASES = (
     *(Case(engine, "plain", "fp32") for engine in ZERO),
     Case("zero2", "plain", "exact"),
     Case("zero2", "plain", "fp32", accumulation=2),
+    Case("zero2", "affine", "fp32"),
     Case("zero2", "chain_first", "fp32"),
     Case("zero2", "sharing", "fp32"),
     Case("zero2", "branching", "fp32"),
     Case("zero3", "plain", "fp32", accumulation=2),
     Case("zero3", "dropout", "fp32"),
     Case("zero3", "nested", "exact"),
+    Case("zero3", "affine", "fp32"),
     Case("zero3", "chain_first", "fp32"),
     Case("zero3", "sharing", "fp32"),
     Case("zero3", "repeating", "fp32"),

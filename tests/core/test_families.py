@@ -24,10 +24,10 @@ FIRST_DEPTHS = {
     "resnet_imagenet": 50,
     "revnet_imagenet": 56,
 }
-ALONE = {"irevnet": 20}
+ALONE = {"irevnet": 20, "revnet_affine": 14}
 
 
-def test_the_families_are_two_variants_of_six_and_one_alone() -> None:
+def test_the_families_are_two_variants_of_six_and_two_alone() -> None:
     assert list_models() == [*FIRST_DEPTHS, *(f"gomez_{name}" for name in FIRST_DEPTHS), *ALONE]
 
 
@@ -56,6 +56,7 @@ def test_a_family_and_its_depth_may_be_given_apart(name: str) -> None:
             112,
             r"gomez_revnet_bottleneck has depths 18n\+2\. The nearest two are 110 and 128",
         ),
+        ("revnet_affine", 40, r"depth = 40; revnet_affine has depths 12n\+2\. The nearest two are 38 and 50\."),
         ("irevnet", 163, r"irevnet has depths 18n\+2\. The nearest two are 146 and 164\."),
         ("resnet_imagenet", 38, r"resnet_imagenet has depths 50 or 101\. The nearest two are 50 and 101\."),
         ("gomez_revnet_imagenet", 110, r"depths 56 or 104\. The nearest two are 56 and 104\."),
@@ -86,7 +87,7 @@ def test_units_may_be_given_instead_of_a_depth(name: str) -> None:
     model = create_model(name, num_classes=10, units=(1, 3), channels=channels, precision=Precision())
     assert model.blocks == 4
     # memcnn's couplings keep the shape; gomez's are all units but the first of a stage; i-RevNet's are all.
-    first_of_stages = {"revnet": 1, "irevnet": 2}.get(name, 0)
+    first_of_stages = {"revnet": 1, "revnet_affine": 1, "irevnet": 2}.get(name, 0)
     assert model.reversible_blocks == (2 + first_of_stages if "revnet" in name else 0)
     assert model(torch.randn(IMAGES_NCHW)).shape == (2, 10)
 
@@ -143,6 +144,7 @@ def test_widths_are_as_given(name: str, channels: tuple[int, ...]) -> None:
     ("name", "channels", "message"),
     [
         ("revnet", (8, 9, 12), r"channels\[1\] = 9, and the width of a revnet is even.*Write 8 or 10"),
+        ("revnet_affine", (8, 9, 12), r"channels\[1\] = 9, and the width of a revnet_affine is even.*Write 8 or 10"),
         ("revnet", (0, 8, 12), r"channels\[0\] = 0.*Write 2\."),
         ("revnet", (8, 12), "revnet has 3 stages"),
         ("resnet", (0, 8, 12), "at least 1"),
@@ -156,7 +158,7 @@ def test_widths_that_cannot_be_are_refused(name: str, channels: tuple[int, ...],
     with pytest.raises(ShapeError, match=message):
         check_channels(name, channels)
     with pytest.raises(ShapeError, match=message):
-        create_model(name, depth=FIRST_DEPTHS[name.removeprefix("gomez_")], num_classes=10, channels=channels)
+        create_model(name, depth=(FIRST_DEPTHS | ALONE)[name.removeprefix("gomez_")], num_classes=10, channels=channels)
 
 
 @pytest.mark.parametrize("name", ["revnte", "revnte38"])

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from revnet_core import (
     AdditiveCoupling,
+    AffineCoupling,
     Precision,
     ReversibleSequence,
+    UnsupportedError,
     audit_gradients,
     create_model,
     list_models,
 )
+from revnet_core.coupling import Coupling
 from revnet_core.networks.base import Network
 from revnet_core.networks.gomez import TwoStreamUnit
 from revnet_core.networks.layers import PoolAndPad
@@ -25,7 +28,7 @@ from tests.core.nets import FP64, assert_same, training_step
 
 EXACT = Precision(compute="bf16", reconstruction="exact")
 # Has neither a convolution for a stem nor shortcuts; see test_irevnet.
-VARIANTS_OF_SIX = [name for name in list_models() if name != "irevnet"]
+WITH_A_STEM = [name for name in list_models() if name != "irevnet"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,6 +77,8 @@ def images_for(name: str, dtype: torch.dtype = torch.float64) -> Tensor:
         ("gomez_revnet_bottleneck164", 10, 1748778, 27, 24),
         ("gomez_revnet_imagenet104", 1000, 45428072, 17, 13),
         ("irevnet164", 10, 6392810, 27, 27),
+        # No published network, but as many blocks as the additive one.
+        ("revnet_affine110", 10, 2633642, 27, 25),
         # As many as torchvision's ResNet-50 and 101, whose layers are these in another order.
         ("resnet_imagenet50", 1000, 25557032, 16, 0),
         ("resnet_imagenet101", 1000, 44549160, 33, 0),
@@ -87,7 +92,32 @@ def test_sizes_are_the_published_ones(
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert (model.blocks, model.reversible_blocks) == (blocks, reversible_blocks)
     sequences = [m for m in model.modules() if isinstance(m, ReversibleSequence)]
-    assert reversible_blocks == sum(isinstance(block, AdditiveCoupling) for s in sequences for block in s.couplings)
+    assert reversible_blocks == sum(isinstance(block, Coupling) for s in sequences for block in s.couplings)
+
+
+def test_affine_couplings_have_twice_the_last_channels() -> None:
+    """But for that, and the smaller log-scales, it is RevNet."""
+    affine, additive = (narrow(name, precision=Precision()) for name in ("revnet_affine", "revnet"))
+    couplings = [m for m in affine.modules() if isinstance(m, AffineCoupling)]
+    assert affine.reversible_blocks == additive.reversible_blocks == len(couplings) == 4
+    assert not any(isinstance(m, AdditiveCoupling) for m in affine.modules())
+    extra = 0
+    for coupling in couplings:
+        for net in (coupling.f, coupling.g):
+            last = list(net.parameters())[-1]
+            log_scale, shift = last.chunk(2)
+            bound = last[0].numel() ** -0.5
+            assert bound / 2 < shift.abs().max() <= bound
+            assert bound / 20 < log_scale.abs().max() <= bound / 10
+            extra += shift.numel()
+    assert affine.state_dict().keys() == additive.state_dict().keys()
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (affine, additive)]
+    assert sizes[0] - sizes[1] == extra
+
+
+def test_affine_couplings_cannot_be_exact() -> None:
+    with pytest.raises(UnsupportedError, match=r"couplings\[0\]: AffineCoupling multiplies.*fp32.*or AdditiveCoupling"):
+        narrow("revnet_affine", precision=EXACT)
 
 
 def count_by_hand(name: str, units: tuple[int, ...], channels: tuple[int, ...], num_classes: int) -> int:
@@ -140,7 +170,7 @@ def test_activations_agree(name: str) -> None:
         assert_same(training_step(narrow(name, activations).double(), images_for(name)), expected)
 
 
-@pytest.mark.parametrize("name", [name for name in list_models() if "revnet" in name])
+@pytest.mark.parametrize("name", [name for name in list_models() if "revnet" in name and "affine" not in name])
 def test_exact_agrees_bit_for_bit(name: str) -> None:
     stored, *others = (
         training_step(narrow(name, mode, EXACT), images_for(name, torch.float32))
@@ -163,7 +193,7 @@ def test_streams_may_have_another_dtype_than_the_nets(name: str, reconstruction:
     assert all(gradient.isfinite().all() for gradient in outcome.gradients.values())
 
 
-@pytest.mark.parametrize("name", ["gomez_revnet", "revnet_bottleneck"])
+@pytest.mark.parametrize("name", ["gomez_revnet", "revnet_bottleneck", "revnet_affine"])
 def test_gradients_are_audited(name: str) -> None:
     labels = torch.tensor([0, 1])
     batch = images_for(name, torch.float32).detach(), labels
@@ -223,7 +253,7 @@ def test_shortcut_without_parameters(size: int, pooled_size: int) -> None:
     assert y_NCHW[0, 1, -1, -1] == x_NCHW[0, 0, 2 * pooled_size - 2 :, 2 * pooled_size - 2 :].mean()
 
 
-@pytest.mark.parametrize("name", VARIANTS_OF_SIX)
+@pytest.mark.parametrize("name", WITH_A_STEM)
 def test_stems(name: str) -> None:
     imagenet = "imagenet" in name
     stem = narrow(name).stem
@@ -231,7 +261,7 @@ def test_stems(name: str) -> None:
     assert stem.get_parameter("0.weight").shape[2:] == ((7, 7) if imagenet else (3, 3))
 
 
-@pytest.mark.parametrize("name", VARIANTS_OF_SIX)
+@pytest.mark.parametrize("name", WITH_A_STEM)
 def test_layers_of_the_variants(name: str) -> None:
     modules = list(narrow(name).modules())
     convolutions = [m for m in modules if isinstance(m, nn.Conv2d)]
