@@ -18,6 +18,7 @@ FOLLOWED_METRICS = (
     *("followed_drift_max_rel", "followed_gradient_angle_max_deg", "followed_parted_step"),
     *("followed_loss_last", "followed_stored_loss_last"),
 )
+HELD_OUT_METRIC = "followed_held_out_gradient_angle_max_deg"
 # Two losses have parted where they differ by more than this share of the stored run's.
 PARTED = 0.01
 Batch = tuple[Tensor, Tensor]
@@ -27,14 +28,14 @@ def follow_drift(spec: TrialSpec, device: torch.device) -> tuple[Metrics, list[T
     """Train `drift_steps` steps from the initial weights, twice: as the trial does, and with stored activations.
 
     Both see the same batches in the same order. At `drift_audits` steps, before the first and after the last among
-    them, the trial's weights are audited on data of three kinds: `train`, of the trained split, but not trained on
-    yet; `held_out`, of the test split; `random`, independent normal pixels and labels. An inverse can be
-    good on one and not on another (Behrmann et al. 2021, arXiv:2006.09347).
+    them, the trial's weights are audited on data of up to three kinds: `train`, of the trained split; `held_out`, of
+    the test split, where it has other images than the trained one; `random`, independent normal pixels and labels.
+    An inverse can be good on one and not on another (Behrmann et al. 2021, arXiv:2006.09347).
 
     Returns metrics, the table `followed`, and why a metric is missing. Needs one rank.
     """
     if reason := _why_not(spec):
-        return {}, [], dict.fromkeys(FOLLOWED_METRICS, reason)
+        return {}, [], dict.fromkeys((*FOLLOWED_METRICS, HELD_OUT_METRIC), reason)
     own, stored = _Run(spec, device), _Run(_as_stored(spec), device)
     audited = audit_steps(spec.drift_steps, spec.drift_audits)
     data = _audit_data(spec, device)
@@ -52,6 +53,10 @@ def follow_drift(spec: TrialSpec, device: torch.device) -> tuple[Metrics, list[T
         own.close()
         stored.close()
     metrics, unmeasured = _summary(rows, spec.drift_steps)
+    if held_out := [row.value for row in rows if row.name == "held_out gradient_angle_deg"]:
+        metrics[HELD_OUT_METRIC] = _largest(held_out)
+    else:
+        unmeasured[HELD_OUT_METRIC] = "the shipped sample has no images apart; give data.path"
     return metrics, rows, unmeasured
 
 
@@ -98,6 +103,11 @@ def _why_not(spec: TrialSpec) -> str | None:
     return "the study's audit_batch_size is 0" if spec.audit_batch_size == 0 else None
 
 
+def has_held_out(spec: TrialSpec) -> bool:
+    """The sample that ships with the harness serves as either split."""
+    return spec.data.name == "synthetic" or spec.data.path is not None
+
+
 def _as_stored(spec: TrialSpec) -> TrialSpec:
     return spec.model_copy(update={"activations": "stored", "budget_bytes": None})
 
@@ -106,11 +116,11 @@ def _audit_data(spec: TrialSpec, device: torch.device) -> dict[str, Batch]:
     size, count = spec.data.image_size, spec.audit_batch_size
     generator = torch.Generator().manual_seed(spec.seed)
     images = torch.randn(count, CHANNELS, size, size, generator=generator)
-    # Another seed than the training's, whose first batches are soon known by heart.
+    # Another seed than the training's, whose first batch is the first one trained on.
     (train,) = _load(spec, "train", count, 1, seed=spec.seed + 1)
-    (held_out,) = _load(spec, "test", count, 1, seed=spec.seed + 1)
-    labels = held_out[1][torch.randperm(count, generator=generator)]
-    kinds = {"train": train, "held_out": held_out, "random": (images, labels)}
+    kinds = {"train": train, "random": (images, train[1][torch.randperm(count, generator=generator)])}
+    if has_held_out(spec):
+        (kinds["held_out"],) = _load(spec, "test", count, 1, seed=spec.seed + 1)
     return {kind: (x.to(device), labels.to(device)) for kind, (x, labels) in kinds.items()}
 
 

@@ -180,7 +180,7 @@ def drift_by_block(frame: pd.DataFrame, traces: pd.DataFrame) -> go.Figure | Non
     _add_flat(figure, np.where(grid == 0, 1.0, np.nan), x, labels, "#44aa99", "0, bit for bit")
     _add_flat(figure, np.where(there & ~np.isfinite(grid), 1.0, np.nan), x, labels, "#cc3311", "NaN or infinite")
     figure.update_xaxes(title_text="reversible block, from the input", type="category")
-    figure.update_yaxes(title_text="network, compute, reconstruction", type="category", autorange="reversed")
+    figure.update_yaxes(title_text="network, precision", type="category", autorange="reversed")
     figure = dressed(figure, "Relative error of the rebuilt input of each block, log10, by network and precision")
     return figure.update_layout(height=190 + 34 * len(labels), margin={"l": 10, "r": 10, "t": 40, "b": 10})
 

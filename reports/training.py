@@ -1,4 +1,4 @@
-"""Drift over training: the gradient angle of rebuilt activations against the steps trained, on three kinds of data."""
+"""Drift over training: the gradient angle of rebuilt activations against the steps trained, by kind of data."""
 
 import math
 
@@ -24,10 +24,10 @@ def angle_over_training(frame: pd.DataFrame, followed: pd.DataFrame) -> go.Figur
         return None
     positive = rows["value"][rows["value"] > 0]
     zero = 10.0 ** (math.floor(math.log10(positive.min())) - 1) if len(positive) else 1e-16
-    figure = make_subplots(
-        cols=len(KINDS), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=list(KINDS.values())
-    )
-    for column, kind in enumerate(KINDS, start=1):
+    kinds = [kind for kind in KINDS if kind in set(rows["kind"])]
+    titles = [KINDS[kind] for kind in kinds]
+    figure = make_subplots(cols=len(kinds), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=titles)
+    for column, kind in enumerate(kinds, start=1):
         for strategy, (color, marker, dash) in strategy_styles(frame).items():
             for name, line in ((ANGLE, dash), (FLOOR, "dot")):
                 own = rows[(rows["kind"] == kind) & (rows["metric"] == name) & (rows["strategy"] == strategy)]

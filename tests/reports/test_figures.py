@@ -35,7 +35,7 @@ def test_every_axis_has_a_unit_or_says_what_it_counts(make_run: Make, sweep: lis
     assert titles == {
         "peak": ("depth (layers)", "activation peak (MiB)"),
         "time": ("activation peak (MiB)", "step time, median (ms)"),
-        "drift": ("reversible block, from the input", "network, compute, reconstruction"),
+        "drift": ("reversible block, from the input", "network, precision"),
     }
 
 
