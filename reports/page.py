@@ -138,7 +138,7 @@ def _sections(store: RunStore, frame: pd.DataFrame) -> list[Section]:
                 lambda: training.training_sentences(frame, followed),
                 "Gradient angle: as above, on the weights after so many steps of training, on images of the trained "
                 "split, of the test split where it has images of its own, and on noise. Dotted: the stored gradient "
-                "against float64, which is how far off it is itself. The stored twin sees the same batches in the same order.",
+                "against float64: how far off that is itself. The stored twin sees the same batches in the same order.",
             )
         )
     if predictions.is_mentioned(frame):
