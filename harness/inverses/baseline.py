@@ -73,7 +73,12 @@ def as_json(figures: Figures) -> dict[str, Any]:
         {"name": b.name, "weights": " ".join(b.weights), "calls": " ".join(b.calls), **rounded(b.figures)}
         for b in figures.blocks
     ]
-    return {"inputs": figures.inputs, "blocks": blocks, "gradient": rounded(figures.gradient)}
+    return {
+        "inputs": figures.inputs,
+        "outside": figures.outside,
+        "blocks": blocks,
+        "gradient": rounded(figures.gradient),
+    }
 
 
 def not_finite(figures: Figures) -> str | None:

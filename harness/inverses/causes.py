@@ -43,6 +43,8 @@ def likely_cause(
         return f"block {first.block} is made otherwise: {made}"
     if reason := _other_weights(before["blocks"][index], now.blocks[index]):
         return f"block {first.block}: {reason}"
+    if first.metric in MARKS and before["outside"] != now.outside:
+        return f"the weights before block {first.block}, outside all blocks, are others: another seed or initialization"
     if first.metric in MARKS and not any(c.block == first.block and c.metric == "inverse_rel" for c in changes):
         return (
             f"block {first.block}: its forward computes something else from the same parts and weights, and its "
@@ -84,7 +86,7 @@ def culprit(changes: Sequence[Change]) -> Change:
 
 
 def _other_weights(before: Mapping[str, Any], now: BlockFigures) -> str | None:
-    old, new = (dict(part.rsplit("=", 1) for part in parts) for parts in (before["weights"].split(" "), now.weights))
+    old, new = (dict(part.rsplit("=", 1) for part in parts) for parts in (before["weights"].split(), now.weights))
     moved = [name for name in new if new[name] != old.get(name)]
     if moved and sorted(new.values()) == sorted(old.values()):
         return f"{' and '.join(moved)} changed places"

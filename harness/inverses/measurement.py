@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from harness.inverses.chain import Block, Streams, blocks_of, copies, is_ours, named, streams_of
 from harness.inverses.precisions import FP64, at_precision
-from harness.inverses.structure import Calls, hash_of, weights_of
+from harness.inverses.structure import Calls, hash_of, weights_of, weights_outside
 from revnet_core import ReversibleSequence, audit_gradients, audit_inverse
 from revnet_core.audit import outermost_sequences
 
@@ -46,11 +46,13 @@ class Figures:
               gradient_reference_rel             against float64
               gradient_difference_rel            in float64, of other modules: against a difference quotient
     inputs    a hash of them
+    outside   a hash of the weights that belong to no block
     """
 
     blocks: list[BlockFigures]
     gradient: dict[str, float]
     inputs: str
+    outside: str
 
 
 def measure(module: nn.Module, inputs: Streams, precision: str) -> Figures:
@@ -62,7 +64,7 @@ def measure(module: nn.Module, inputs: Streams, precision: str) -> Figures:
         blocks = list(_of_sequences(twin, given) if is_ours(twin) else _of_chain(blocks_of(twin), given))
         torch.manual_seed(SEED)
         gradient = _parity(twin, given) if is_ours(twin) else _reference(module, inputs, precision)
-    return Figures(blocks, gradient, hash_of(inputs))
+    return Figures(blocks, gradient, hash_of(inputs), weights_outside(module))
 
 
 def sequence_inputs(model: nn.Module, inputs: Streams) -> Iterator[tuple[ReversibleSequence, Any, dict[str, Any]]]:

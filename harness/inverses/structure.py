@@ -48,6 +48,12 @@ def parts_of(structure: Structure, name: str) -> list[str]:
     return structure.get(parts[0].removeprefix("as "), parts) if len(parts) == 1 else parts
 
 
+def weights_outside(module: nn.Module) -> str:
+    """A hash of the parameters that belong to no block, such as a stem's."""
+    inside = {id(p) for block in blocks_with_modules(module).values() for p in block.parameters()}
+    return hash_of(p for p in module.parameters() if id(p) not in inside)
+
+
 def weights_of(block: nn.Module) -> list[str]:
     """`part=hash` of the values of each direct part's parameters and buffers, and of the block's own."""
     parts = {name: (*part.parameters(), *part.buffers()) for name, part in block.named_children()}

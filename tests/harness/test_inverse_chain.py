@@ -71,6 +71,19 @@ def test_a_whole_network_is_checked_in_its_sequences(tmp_path: Path) -> None:
     assert max(errors(verdict)) < ROUNDING
 
 
+@pytest.mark.parametrize("name", ["irevnet", "revnet_affine"])
+def test_blocks_of_other_kinds_are_checked(tmp_path: Path, name: str) -> None:
+    """One rearranges pixels and has no weights, the other divides."""
+    torch.manual_seed(0)
+    net = create_model(name, num_classes=10, depth=20 if name == "irevnet" else 14)
+    assert check(net, images(), path=tmp_path, precisions=("fp64",)).outcome == "passed"
+    with torch.no_grad():
+        next(iter(net.parameters())).mul_(1.5)
+    verdict = check(net, images(), path=tmp_path, precisions=("fp64",))
+    assert verdict.outcome == "failed"
+    assert "the weights before block 0" in verdict.message if name == "revnet_affine" else "block 0" in verdict.message
+
+
 def test_other_names_take_a_wrapper(tmp_path: Path) -> None:
     class Doubling(nn.Module):
         def __init__(self) -> None:
