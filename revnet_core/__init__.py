@@ -14,6 +14,7 @@ from revnet_core.downsampling import SpaceToDepth as SpaceToDepth
 from revnet_core.errors import ChangedStateError as ChangedStateError
 from revnet_core.errors import DepthError as DepthError
 from revnet_core.errors import DoubleBackwardError as DoubleBackwardError
+from revnet_core.errors import DriftError as DriftError
 from revnet_core.errors import InPlaceError as InPlaceError
 from revnet_core.errors import OutsideTensorError as OutsideTensorError
 from revnet_core.errors import PrecisionError as PrecisionError
@@ -22,6 +23,9 @@ from revnet_core.errors import ReversibleError as ReversibleError
 from revnet_core.errors import ShapeError as ShapeError
 from revnet_core.errors import UnknownModelError as UnknownModelError
 from revnet_core.errors import UnsupportedError as UnsupportedError
+from revnet_core.guard import GUARD_ACTIONS as GUARD_ACTIONS
+from revnet_core.guard import DriftReport as DriftReport
+from revnet_core.guard import Guard as Guard
 from revnet_core.jacobian import JacobianBounds as JacobianBounds
 from revnet_core.jacobian import singular_values as singular_values
 from revnet_core.networks import check_channels as check_channels

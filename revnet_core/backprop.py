@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revnet_core.chain import ChainRun, Derivatives, Meter, buffers, derivatives
+from revnet_core.chain import ChainRun, Derivatives, Meter, Streams, buffers, derivatives
 from revnet_core.errors import DoubleBackwardError
 from revnet_core.exactness import Judge
 from revnet_core.gradients import Gradients
 from revnet_core.partitioned import Uses, is_partitioned
+from revnet_core.probe import Probe
 from revnet_core.walk import modules_of, trained_parameters
 
 
@@ -28,17 +29,19 @@ def backpropagate(
     join: bool,
     judge: Judge,
     meter: Meter | None = None,
+    probe: Probe | None = None,
 ) -> tuple[Tensor, ...]:
     """Run the chain so that backward rebuilds what it needs.
 
     inputs  a tensor that holds both streams in its halves along `split_dim`, or the two streams; in the streams' dtype
     join    whether the output is one tensor or the two streams
     judge   gets the verdict on each exact reconstruction
+    probe   compares the input of a block with what the backward rebuilds
 
-    Raises DoubleBackwardError, OutsideTensorError and what `judge` raises in the backward.
+    Raises DoubleBackwardError, OutsideTensorError and what `judge` and `probe` raise in the backward.
     """
     side = {name: value for name, value in run.side.items() if isinstance(value, Tensor)}
-    walk = _Walk(run, split_dim, list(side), judge, meter)
+    walk = _Walk(run, split_dim, list(side), judge, meter, probe)
     # A partitioned parameter cannot be a node's input, so something else has to ask for a gradient.
     anchor = torch.empty((), device=inputs[0].device, requires_grad=walk.uses is not None)
     token: Any = _Open.apply(walk, anchor, *inputs)
@@ -54,12 +57,21 @@ class _Walk:
     """What the nodes of one forward share: between the forward's nodes the streams, between the backward's the way
     back."""
 
-    def __init__(self, run: ChainRun, split_dim: int, side_names: list[str], judge: Judge, meter: Meter | None) -> None:
+    def __init__(
+        self,
+        run: ChainRun,
+        split_dim: int,
+        side_names: list[str],
+        judge: Judge,
+        meter: Meter | None,
+        probe: Probe | None,
+    ) -> None:
         self.run = run
         self.split_dim = split_dim
         self.side_names = side_names
         self.meter = meter
         self.judge = judge
+        self.probe = probe
         self._parameters = [trained_parameters(modules_of(block)) for block in run.blocks]
         partitioned = any(is_partitioned(p) for parameters in self._parameters for p in parameters)
         self.uses = Uses(run.nets()) if partitioned else None
@@ -108,6 +120,8 @@ class _Back:
         gradients = Gradients(self._side, self._walk.uses)
         self._run.back(index, self._gradients, gradients, forget=self._last)
         self._walked = index
+        if self._walk.probe:
+            self._walk.probe.compare(index, _values(self._run))
         return gradients
 
     def finish(self, joined: bool) -> tuple[Tensor | None, ...]:
@@ -154,7 +168,10 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, walk: _Walk, index: int, token: Tensor, *tensors: Tensor) -> Tensor:
         ctx.walk, ctx.index = walk, index
-        walk.run.step(index, walk.meter, walked_back=any(ctx.needs_input_grad))
+        walked_back = any(ctx.needs_input_grad)
+        if walk.probe and walked_back:
+            walk.probe.keep(index, _values(walk.run))
+        walk.run.step(index, walk.meter, walked_back=walked_back)
         return torch.empty_like(token)
 
     @staticmethod
@@ -202,6 +219,12 @@ class _Close(torch.autograd.Function):
         leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(side, needs, strict=True)]
         ctx.walk.start_back(outputs, grads, leaves, last=last)
         return None, None, token, *[None] * len(side)
+
+
+def _values(run: ChainRun) -> Streams:
+    assert run.streams is not None
+    s1, s2 = run.streams
+    return s1.value, s2.value
 
 
 def _joined(d1: Tensor | None, d2: Tensor | None, dim: int) -> Tensor | None:

@@ -29,6 +29,10 @@ class ReconstructionError(ReversibleError):
     """The exact reconstruction did not give the input back bit for bit."""
 
 
+class DriftError(ReversibleError):
+    """A guard found a rebuilt input further from what the forward saw than it tolerates."""
+
+
 class ChangedStateError(ReversibleError):
     """A parameter or buffer that a recompute needs was changed or replaced after the forward."""
 

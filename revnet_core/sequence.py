@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from revnet_core.exactness import Verdict
 from revnet_core.offload import offloaded
 from revnet_core.precision import Precision
 from revnet_core.replay import AutocastState, Replay
+
+if TYPE_CHECKING:
+    from revnet_core.guard import Guard
 
 ACTIVATIONS = ("stored", "checkpointed", "offloaded", "reconstructed")
 
@@ -71,6 +74,7 @@ class ReversibleSequence(nn.Module):
         self.activations = activations
         self.precision = precision
         self._unread: list[Verdict] = []
+        self._guard: Guard | None = None
         self._number = register(self.couplings)
 
     @property
@@ -103,7 +107,8 @@ class ReversibleSequence(nn.Module):
 
         x and y are one tensor, or pairs of streams of equal shape where split_dim is None. Tensors among the side
         inputs get gradients. Raises ShapeError when split_dim is odd or F or G changes the shape, PrecisionError when
-        float64 would be narrowed, ReconstructionError for an earlier backward on a device other than the CPU.
+        float64 would be narrowed, ReconstructionError or DriftError for an earlier backward on a device other than the
+        CPU.
         """
         inputs = self._check(x)
         device = inputs[0].device
@@ -111,16 +116,25 @@ class ReversibleSequence(nn.Module):
             with self.precision.autocast(device.type):
                 return self._forward_compiled(tuple(self.precision.enter(tensor) for tensor in inputs), side)
         self._read_verdicts(wait=False)
+        if self._guard:
+            self._guard.answer()
         with self.precision.autocast(device.type):
             inputs = tuple(self.precision.enter(_dense(tensor)) for tensor in inputs)
             saving = torch.is_grad_enabled() and self._needs_gradients(inputs, side)
             chain = self._chain()
             rebuilt, meter = self._rebuilt_blocks(inputs) if saving else (0, None)
+            probe = self._guard.probe(self, rebuilt) if self._guard and saving and self.training else None
             if rebuilt:
                 run = ChainRun(chain[:rebuilt], self.precision, side)
                 join = self.split_dim is not None and rebuilt == len(chain)
                 outputs = backpropagate(
-                    run, inputs, split_dim=self.split_dim or 0, join=join, judge=self._judge, meter=meter
+                    run,
+                    inputs,
+                    split_dim=self.split_dim or 0,
+                    join=join,
+                    judge=self._judge,
+                    meter=meter,
+                    probe=probe,
                 )
                 if meter:
                     self._budget.learn(self, self._key(inputs), meter.block_bytes)
@@ -163,7 +177,7 @@ class ReversibleSequence(nn.Module):
         return f"activations={self._activations!r}, split_dim={self.split_dim}, precision={self.precision}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_unread": []}
+        return self.__dict__ | {"_unread": [], "_guard": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -196,6 +210,11 @@ class ReversibleSequence(nn.Module):
 
     def _forward_compiled(self, inputs: tuple[Tensor, ...], side: dict[str, Any]) -> Tensor | Streams:
         saving = torch.is_grad_enabled() and self._needs_gradients(inputs, side)
+        if self._guard and saving and self.training and self._activations == "reconstructed":
+            raise UnsupportedError(
+                "a guard cannot follow a sequence into a compiled graph. Detach it, or compile F and G each on their "
+                "own."
+            )
         activations = "budgeted" if isinstance(self._activations, Budgeted) else self._activations
         return run_compiled(
             self._number, self.couplings, activations, self.precision, inputs, self.split_dim, side, saving=saving
