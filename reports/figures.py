@@ -151,11 +151,16 @@ def drift_by_block(frame: pd.DataFrame, traces: pd.DataFrame) -> go.Figure | Non
         return None
     # Drift depends on network and precision, not on the batch that is timed: one row each.
     keys = [f for f in ("model", "depth", "compute", "reconstruction") if f in shown]
-    for field in ("channels", "data.name", "data.image_size"):
+    for field in ("channels", "log_scale_gain", "data.name", "data.image_size"):
         if field in shown and shown[field].nunique(dropna=False) > 1:
             keys.append(field)
     shown = shown.sort_values([*keys, "batch_size"]).drop_duplicates(keys)
-    labels = [" ".join(str(value) for value in row) for row in shown[keys].itertuples(index=False)]
+    labels = [
+        " ".join(
+            f"gain {value}" if key == "log_scale_gain" else str(value) for key, value in row.items() if _said(value)
+        )
+        for row in shown[keys].to_dict("records")
+    ]
     blocks = range(int(rel[rel["id"].isin(set(shown["id"]))]["index"].max()) + 1)
     table = rel.pivot_table(index="id", columns="index", values="value", dropna=False)
     grid = table.reindex(index=shown["id"], columns=blocks).to_numpy(dtype=float)
@@ -266,6 +271,10 @@ def _add_flat(figure: go.Figure, z: np.ndarray, x: Sequence[str], y: Sequence[st
     figure.add_scatter(
         x=[None], y=[None], mode="markers", name=name, marker={"color": color, "symbol": "square", "size": 12}
     )
+
+
+def _said(value: object) -> bool:
+    return value is not None and value == value
 
 
 def _drift_text(value: float, there: bool) -> str:
