@@ -1,6 +1,7 @@
 """Frames to Plotly figures, one function a figure. Units on every axis; 1 MiB = 2**20 bytes."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -155,12 +156,7 @@ def drift_by_block(frame: pd.DataFrame, traces: pd.DataFrame) -> go.Figure | Non
         if field in shown and shown[field].nunique(dropna=False) > 1:
             keys.append(field)
     shown = shown.sort_values([*keys, "batch_size"]).drop_duplicates(keys)
-    labels = [
-        " ".join(
-            f"gain {value}" if key == "log_scale_gain" else str(value) for key, value in row.items() if _said(value)
-        )
-        for row in shown[keys].to_dict("records")
-    ]
+    labels = [_network_name(row) for row in shown[keys].to_dict("records")]
     blocks = range(int(rel[rel["id"].isin(set(shown["id"]))]["index"].max()) + 1)
     table = rel.pivot_table(index="id", columns="index", values="value", dropna=False)
     grid = table.reindex(index=shown["id"], columns=blocks).to_numpy(dtype=float)
@@ -273,8 +269,9 @@ def _add_flat(figure: go.Figure, z: np.ndarray, x: Sequence[str], y: Sequence[st
     )
 
 
-def _said(value: object) -> bool:
-    return value is not None and value == value
+def _network_name(fields: dict[Hashable, Any]) -> str:
+    given = {key: value for key, value in fields.items() if not pd.isna(value)}
+    return " ".join(f"gain {value}" if key == "log_scale_gain" else str(value) for key, value in given.items())
 
 
 def _drift_text(value: float, there: bool) -> str:

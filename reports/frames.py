@@ -193,9 +193,8 @@ def _strategies(frame: pd.DataFrame) -> pd.Series:
             continue
         values = frame[field].where(frame[field].notna(), usual)
         # Widths and log-scales differ from family to family anyhow.
-        among = (
-            values.groupby(frame["model"]) if field in ("channels", "log_scale_gain") else values.groupby(lambda _: 0)
-        )
+        of_a_model = field in ("channels", "log_scale_gain")
+        among = values.groupby(frame["model"]) if of_a_model else values.groupby(lambda _: 0)
         if among.nunique(dropna=False).max() > 1:
             spelled = values.map(_SPELLED.get(field, "{}").format)
             names = names.where(values.isna() | (values == usual), names + " · " + spelled)

@@ -1,4 +1,4 @@
-"""Why a model's rebuilt activations drift: how much each block's inverse enlarges an error, and what follows from it."""
+"""Why rebuilt activations drift: how much each block's inverse enlarges an error, and what follows from it."""
 
 import math
 from collections.abc import Sequence
