@@ -13,7 +13,8 @@ from reports.figures import dressed, strategy_styles
 
 TABLE = "amplification"
 COLUMNS = 3
-PANEL_PX = 250
+# Of a panel with its title of two lines and the title of its axis, and of these alone.
+PANEL_PX, TITLES_PX = 300, 115
 # Of compute and of streams, from coarse to fine; tf32 rounds to as many digits as fp16.
 _DIGITS = {"bf16": 8, "fp16": 11, "tf32": 11, "fp32": 24, "fp64": 53}
 ADVICE = (
@@ -60,7 +61,7 @@ def amplification_by_block(frame: pd.DataFrame, causes: pd.DataFrame, drift: pd.
         cols=min(COLUMNS, len(networks)),
         shared_yaxes=True,
         horizontal_spacing=0.03,
-        vertical_spacing=min(0.3, 85 / (PANEL_PX * rows)),
+        vertical_spacing=TITLES_PX / (PANEL_PX * rows - TITLES_PX),
         subplot_titles=[network.title for network in networks],
     )
     for place, network in enumerate(networks):
@@ -102,13 +103,15 @@ def amplification_by_block(frame: pd.DataFrame, causes: pd.DataFrame, drift: pd.
         "the Jacobians of the blocks, and bounded by their largest singular values"
     )
     figure = dressed(figure, description)
-    return figure.update_layout(height=130 + PANEL_PX * rows, margin={"t": 90})
+    return figure.update_layout(height=70 + PANEL_PX * rows, margin={"t": 90})
 
 
 def amplification_sentences(frame: pd.DataFrame, causes: pd.DataFrame, drift: pd.DataFrame) -> list[str]:
-    """Of each network how fast the error grows, its steepest inverse, how good the prediction is; then what to do."""
-    networks = list(_networks(frame, causes, drift))
-    return [*map(_sentence, networks), *([ADVICE] if networks else [])]
+    """Of each network how fast the error grows, its steepest inverse, and how good the prediction is; the one of the
+    largest error comes first, and behind it what to do."""
+    networks = sorted(_networks(frame, causes, drift), key=lambda network: -network.blocks["rel"].max())
+    sentences = [*map(_sentence, networks)]
+    return [*sentences[:1], *([ADVICE] if networks else []), *sentences[1:]]
 
 
 def growth_of(blocks: pd.DataFrame, column: str = "rel") -> float | None:
@@ -130,7 +133,7 @@ def _sentence(network: Chains) -> str:
     if (blocks["rel"] == 0).all():
         return f"{network.name}: every rebuilt input equals the original bit for bit, although {inverse}."
     worst = blocks["rel"].idxmax()
-    parts = [f"the error is at most {blocks['rel'][worst]:.1e}, in block {worst}"]
+    parts = [f"the error is at most {blocks['rel'][worst]:.2g}, in block {worst}"]
     if (growth := growth_of(blocks)) is not None:
         predicted = growth_of(blocks, "predicted_rel")
         expected = f" (predicted: {predicted:.2g})" if predicted else ""
