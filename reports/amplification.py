@@ -86,9 +86,9 @@ def amplification_by_block(frame: pd.DataFrame, causes: pd.DataFrame, drift: pd.
                 **look,
                 **where,
             )
-        figure.update_xaxes(title_text="block, from the input", **where)
+        figure.update_xaxes(title_text="block, from the input", row=where["row"], col=where["col"])
         if where["col"] == 1:
-            figure.update_yaxes(title_text="relative error", **where)
+            figure.update_yaxes(title_text="relative error", row=where["row"], col=1)
     _add_legend(figure)
     has_zero = any((network.blocks["rel"] == 0).any() for network in networks)
     powers = range(math.ceil(math.log10(zero)) + has_zero, math.floor(math.log10(top)) + 1)
@@ -109,7 +109,9 @@ def amplification_by_block(frame: pd.DataFrame, causes: pd.DataFrame, drift: pd.
 def amplification_sentences(frame: pd.DataFrame, causes: pd.DataFrame, drift: pd.DataFrame) -> list[str]:
     """Of each network how fast the error grows, its steepest inverse, and how good the prediction is; the one of the
     largest error comes first, and behind it what to do."""
-    networks = sorted(_networks(frame, causes, drift), key=lambda network: -network.blocks["rel"].max())
+    networks = sorted(
+        _networks(frame, causes, drift), key=lambda network: -network.blocks["rel"].fillna(math.inf).max()
+    )
     sentences = [*map(_sentence, networks)]
     return [*sentences[:1], *([ADVICE] if networks else []), *sentences[1:]]
 
@@ -127,13 +129,15 @@ def growth_of(blocks: pd.DataFrame, column: str = "rel") -> float | None:
 
 def _sentence(network: Chains) -> str:
     blocks = network.blocks
-    steepest = blocks["smallest"].idxmin()
-    bound = 1 / blocks["smallest"][steepest] if blocks["smallest"][steepest] else math.inf
+    if blocks[["rel", "smallest"]].isna().to_numpy().any():
+        return f"{network.name}: not all errors are numbers; what is rebuilt is lost."
+    smallest, steepest = min(zip(blocks["smallest"], blocks.index, strict=True))
+    bound = 1 / smallest if smallest else math.inf
     inverse = f"an inverse enlarges an error at most {_times(bound)}, in block {steepest}"
     if (blocks["rel"] == 0).all():
         return f"{network.name}: every rebuilt input equals the original bit for bit, although {inverse}."
-    worst = blocks["rel"].idxmax()
-    parts = [f"the error is at most {blocks['rel'][worst]:.2g}, in block {worst}"]
+    rel, worst = max(zip(blocks["rel"], blocks.index, strict=True))
+    parts = [f"the error is at most {rel:.2g}, in block {worst}"]
     if (growth := growth_of(blocks)) is not None:
         predicted = growth_of(blocks, "predicted_rel")
         expected = f" (predicted: {predicted:.2g})" if predicted else ""
@@ -141,7 +145,7 @@ def _sentence(network: Chains) -> str:
     parts.append(inverse)
     ratio = network.ratio
     if len(ratio):
-        farthest = ratio[np.log10(ratio.where(ratio > 0, 1e-300)).abs().idxmax()]
+        farthest = max(ratio, key=lambda value: abs(math.log10(value or 1e-300)))
         parts.append(f"predicted over measured is {ratio.median():.2g} in the median and {farthest:.2g} at worst")
         if network.coarse:
             parts[-1] += ", since F and G compute in fewer digits than the streams have, which it leaves out"

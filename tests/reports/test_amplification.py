@@ -45,7 +45,7 @@ def test_each_error_is_in_the_figure_and_in_the_sentences(make_run: Make) -> Non
     assert list(drawn["x", "predicted"].y) == pytest.approx([8e-6, 2e-6, 5e-7, None, 8e-7, 1e-6], nan_ok=True)
     assert drawn["x", "bound"].line.dash == "dot"
     assert drawn["x", "bound"].y[0] == pytest.approx(16e3)
-    low, high = (10**end for end in figure.layout["yaxis"]["range"])
+    low, high = (10**end for end in figure.layout["yaxis"].range)  # pyright: ignore[reportAttributeAccessIssue]
     assert low < 5e-7 < 16e-6 < high < 16e3
     zero = drawn["x2", "measured"]
     assert set(zero.customdata) == {0, None}
@@ -70,6 +70,13 @@ def test_a_prediction_for_wider_streams_than_f_and_g_says_what_it_leaves_out(mak
     frame = trials_frame(store)
     causes, drift = (trace_frame(store, list(frame["id"]), table) for table in (TABLE, "drift"))
     assert "F and G compute in fewer digits than the streams" in amplification_sentences(frame, causes, drift)[0]
+
+
+def test_errors_that_are_no_numbers_are_said_to_be_none(make_run: Make) -> None:
+    record = trial(1, activations="reconstructed")
+    store = make_run([record])
+    store.write_trial(record, list(rows(measured=float("nan"))), b"log")
+    assert "not all errors are numbers" in build_report(store)
 
 
 def test_growth_is_within_chains_and_of_nothing_where_there_is_none(make_run: Make) -> None:
