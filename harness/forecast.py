@@ -54,6 +54,7 @@ class Shape(NamedTuple):
 
     model: str
     channels: tuple[int, ...] | None
+    log_scale_gain: float | None
     data: str
     image_size: int
     activations: str
@@ -131,6 +132,8 @@ def _shape(trial: TrialSpec, device: Device) -> Shape:
     return Shape(
         trial.model,
         channels,
+        # Weights of a family, and who knows what of a factory.
+        trial.log_scale_gain if family is None else None,
         trial.data.name,
         trial.data.image_size,
         trial.activations,

@@ -16,14 +16,18 @@ from revnet_core import (
     Precision,
     ShapeError,
     UnknownModelError,
+    UnsupportedError,
     check_channels,
     check_depth,
+    check_log_scale_gain,
     create_model,
 )
 
 
-def check_model(name: str, depth: int | None, channels: Sequence[int] | None = None) -> None:
-    """Raises ModelError for an unknown family or factory, or a depth or widths that the family cannot have.
+def check_model(
+    name: str, depth: int | None, channels: Sequence[int] | None = None, log_scale_gain: float | None = None
+) -> None:
+    """Raises ModelError for an unknown family or factory, or a depth, widths or log-scales that the family cannot have.
 
     A factory is imported, which runs its module's code.
     """
@@ -36,7 +40,9 @@ def check_model(name: str, depth: int | None, channels: Sequence[int] | None = N
         check_depth(name, depth)
         if channels is not None:
             check_channels(name, channels)
-    except (DepthError, ShapeError, UnknownModelError) as error:
+        if log_scale_gain is not None:
+            check_log_scale_gain(name, log_scale_gain)
+    except (DepthError, ShapeError, UnknownModelError, UnsupportedError) as error:
         raise ModelError(str(error)) from None
 
 
@@ -45,20 +51,22 @@ def build_model(
     *,
     depth: int | None,
     channels: Sequence[int] | None,
+    log_scale_gain: float | None,
     num_classes: int,
     in_channels: int,
     activations: str | Budgeted,
     precision: Precision,
 ) -> nn.Module:
-    """The model of a trial; a factory is called with the same keywords (`depth` and `channels` only
-    where the study gives them)."""
+    """The model of a trial; a factory is called with the same keywords (`depth`, `channels` and
+    `log_scale_gain` only where the study gives them)."""
     options: dict[str, Any] = {
         "num_classes": num_classes,
         "in_channels": in_channels,
         "activations": activations,
         "precision": precision,
     }
-    options |= {key: value for key, value in {"depth": depth, "channels": channels}.items() if value is not None}
+    given = {"depth": depth, "channels": channels, "log_scale_gain": log_scale_gain}
+    options |= {key: value for key, value in given.items() if value is not None}
     if ":" not in name:
         return create_model(name, **options)
     model = _import_factory(name)(**options)
@@ -75,6 +83,7 @@ def create(spec: TrialSpec) -> nn.Module:
             spec.model,
             depth=spec.depth,
             channels=spec.channels,
+            log_scale_gain=spec.log_scale_gain,
             num_classes=num_classes(spec.data.name),
             in_channels=CHANNELS,
             activations=spec.activations if spec.budget_bytes is None else Budgeted(spec.budget_bytes),

@@ -16,7 +16,7 @@ MIB = 2**20
 Predictions = Mapping[str, Prediction | Unpredicted]
 # What makes a strategy: the family, its input, what becomes of the activations, under which precision and engine.
 STRATEGY = (
-    *("model", "channels", "data.name", "data.image_size"),
+    *("model", "channels", "log_scale_gain", "data.name", "data.image_size"),
     *("activations", "budget_bytes", "compute", "reconstruction", "zero_stage", "workers"),
 )
 # Above this share of the memory a trial may still run out of it: allocators leave gaps.

@@ -109,7 +109,7 @@ def step_memory(spec: TrialSpec, device: Device) -> StepMemory:
     if device.kind == "cpu" and spec.compute in ("fp16", "tf32"):
         raise UnsupportedError(f"compute = {spec.compute!r}: not on a CPU. Use bf16 or fp32, or a GPU.")
     # Imported outside the mode: what a user's module makes at its import would be fake for good.
-    check_model(spec.model, spec.depth, spec.channels)
+    check_model(spec.model, spec.depth, spec.channels, spec.log_scale_gain)
     standing_in = standing_for_a_device() if device.kind == "cuda" else contextlib.nullcontext()
     with fake_tensors(), standing_in:
         try:

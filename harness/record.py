@@ -101,6 +101,10 @@ class TraceRow(NamedTuple):
     owners  rank, 0 first    "category: owner"          bytes above step start at the peak of that step; the last may be
                                                         "others"
     drift   block            rel, max_abs, max_ulp      see `revnet_core.BlockDrift`
+    amplification  block     largest, smallest,         see `revnet_core.BlockAmplification`; blocks as in `drift`
+                             noise_gain,
+                             predicted_rel, bound_rel
+                             chain                      which chain of blocks, rebuilt from one stored output, from 0
     followed  steps trained  loss, stored_loss          of the next step, and of that of the stored twin
                              "kind metric",             of an audit, on that kind of data
                              "kind rel block"

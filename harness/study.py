@@ -217,9 +217,9 @@ def check_trials(study: Study, trials: Sequence[TrialSpec]) -> None:
     from harness.models import check_model
 
     faults: dict[str, None] = {}
-    for trial in {(trial.model, trial.depth, trial.channels): trial for trial in trials}.values():
+    for trial in {(trial.model, trial.depth, trial.channels, trial.log_scale_gain): trial for trial in trials}.values():
         try:
-            check_model(trial.model, trial.depth, trial.channels)
+            check_model(trial.model, trial.depth, trial.channels, trial.log_scale_gain)
         except ModelError as error:
             faults[_at_its_place(study, trial, str(error), otherwise="model")] = None
     for trial in {trial.data: trial for trial in trials}.values():

@@ -17,6 +17,7 @@ from harness.errors import PredictionError
 from harness.exports import asked_exports
 from harness.followed import follow_drift
 from harness.footprint import Step, attribute_footprint, measure_footprint
+from harness.measure.causes import CAUSE_METRICS, measure_causes
 from harness.measure.drift import DRIFT_METRICS, measure_drift
 from harness.measure.flops import measure_flops, utilization
 from harness.measure.machine import device_name
@@ -57,7 +58,7 @@ def train(spec: TrialSpec, scratch: Path, result: Result) -> None:
         torch.set_num_threads(spec.resources.cpus_per_worker)
     set_compute(spec.compute)
     # Imported before tensors without contents are about: what a user's module makes then would be fake for good.
-    check_model(spec.model, spec.depth, spec.channels)
+    check_model(spec.model, spec.depth, spec.channels, spec.log_scale_gain)
     # Before the limit, and long before what is measured: what the counting leaves behind is a part of neither.
     counted, uncounted = count_flops(spec)
     result.metrics |= counted
@@ -77,15 +78,20 @@ def train(spec: TrialSpec, scratch: Path, result: Result) -> None:
         leave_ranks()
     gc.collect()
     if spec.audit_batch_size == 0:
-        result.unmeasured |= dict.fromkeys(DRIFT_METRICS, "the study's audit_batch_size is 0")
+        result.unmeasured |= dict.fromkeys((*DRIFT_METRICS, *CAUSE_METRICS), "the study's audit_batch_size is 0")
         return
     # The engine's model is trained and, under ZeRO-3, in pieces; the audit is of the initial weights, whole.
     model = create(spec).to(device)
     x, labels = _batches(spec, 1, batch_size=spec.audit_batch_size)[0]
-    metrics, rows, unmeasured = measure_drift(model, loss_of, (x.to(device), labels.to(device)))
-    result.metrics |= metrics
-    result.unmeasured |= unmeasured
-    result.trace += rows
+    audits = [measure_drift(model, loss_of, (x.to(device), labels.to(device)))]
+    if spec.amplification:
+        audits.append(measure_causes(model, x.to(device)))
+    else:
+        result.unmeasured |= dict.fromkeys(CAUSE_METRICS, "the study's amplification is off")
+    for metrics, rows, unmeasured in audits:
+        result.metrics |= metrics
+        result.unmeasured |= unmeasured
+        result.trace += rows
 
 
 def _record_prediction(spec: TrialSpec, device: torch.device, result: Result) -> None:

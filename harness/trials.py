@@ -103,6 +103,9 @@ class TrialSpec(_Inert):
     model: str = Field(min_length=1, description="a registered family, or package.module:factory")
     depth: int | None = Field(default=38, ge=1, description="as the family counts it; null for a user's own factory")
     channels: Channels = Field(default=None, description="width of each stage; null: the family's own")
+    log_scale_gain: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False, description="of couplings that multiply; null: the family's own"
+    )
     data: DataSpec = DataSpec()
     batch_size: int = Field(default=32, ge=1, description="samples per rank and step")
     activations: Activations = "reconstructed"
@@ -114,6 +117,9 @@ class TrialSpec(_Inert):
     warmup_steps: int = Field(default=2, ge=0)
     measured_steps: int = Field(default=5, ge=1)
     audit_batch_size: int = Field(default=16, ge=0, description="samples of the drift and gradient audit; 0: none")
+    amplification: bool = Field(
+        default=False, description="whether the audit also looks for the causes of drift, block by block"
+    )
     drift_steps: int = Field(default=0, ge=0, description="of a training over which drift is followed; 0: none")
     drift_audits: int = Field(
         default=11, ge=2, description="audits on the way, before the first step and after the last"

@@ -1,6 +1,7 @@
 """Frames to Plotly figures, one function a figure. Units on every axis; 1 MiB = 2**20 bytes."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -151,11 +152,11 @@ def drift_by_block(frame: pd.DataFrame, traces: pd.DataFrame) -> go.Figure | Non
         return None
     # Drift depends on network and precision, not on the batch that is timed: one row each.
     keys = [f for f in ("model", "depth", "compute", "reconstruction") if f in shown]
-    for field in ("channels", "data.name", "data.image_size"):
+    for field in ("channels", "log_scale_gain", "data.name", "data.image_size"):
         if field in shown and shown[field].nunique(dropna=False) > 1:
             keys.append(field)
     shown = shown.sort_values([*keys, "batch_size"]).drop_duplicates(keys)
-    labels = [" ".join(str(value) for value in row) for row in shown[keys].itertuples(index=False)]
+    labels = [_network_name(row) for row in shown[keys].to_dict("records")]
     blocks = range(int(rel[rel["id"].isin(set(shown["id"]))]["index"].max()) + 1)
     table = rel.pivot_table(index="id", columns="index", values="value", dropna=False)
     grid = table.reindex(index=shown["id"], columns=blocks).to_numpy(dtype=float)
@@ -266,6 +267,11 @@ def _add_flat(figure: go.Figure, z: np.ndarray, x: Sequence[str], y: Sequence[st
     figure.add_scatter(
         x=[None], y=[None], mode="markers", name=name, marker={"color": color, "symbol": "square", "size": 12}
     )
+
+
+def _network_name(fields: dict[Hashable, Any]) -> str:
+    given = {key: value for key, value in fields.items() if not pd.isna(value)}
+    return " ".join(f"gain {value}" if key == "log_scale_gain" else str(value) for key, value in given.items())
 
 
 def _drift_text(value: float, there: bool) -> str:

@@ -11,13 +11,14 @@ from harness.store import RunStore
 
 # What makes two trials the same but for what becomes of the activations.
 CELL = (
-    *("model", "channels", "depth", "data.name", "data.image_size", "batch_size"),
+    *("model", "channels", "log_scale_gain", "depth", "data.name", "data.image_size", "batch_size"),
     *("compute", "zero_stage", "workers", "seed"),
 )
 
 # Strategy: what a reader compares. Model and activations always, the others where they differ within the run.
 _USUAL = {
     "channels": None,
+    "log_scale_gain": None,
     "compute": "fp32",
     "reconstruction": "fp32",
     "zero_stage": 0,
@@ -25,7 +26,13 @@ _USUAL = {
     "data.name": "cifar10",
     "data.image_size": 32,
 }
-_SPELLED = {"channels": "channels {}", "zero_stage": "ZeRO-{}", "workers": "ranks {}", "data.image_size": "{} px"}
+_SPELLED = {
+    "channels": "channels {}",
+    "log_scale_gain": "gain {}",
+    "zero_stage": "ZeRO-{}",
+    "workers": "ranks {}",
+    "data.image_size": "{} px",
+}
 
 # The metrics that have a law of depth, each with what was predicted of it.
 LAW_METRICS = (
@@ -185,8 +192,9 @@ def _strategies(frame: pd.DataFrame) -> pd.Series:
         if field not in frame:
             continue
         values = frame[field].where(frame[field].notna(), usual)
-        # Widths differ from family to family anyhow.
-        among = values.groupby(frame["model"]) if field == "channels" else values.groupby(lambda _: 0)
+        # Widths and log-scales differ from family to family anyhow.
+        of_a_model = field in ("channels", "log_scale_gain")
+        among = values.groupby(frame["model"]) if of_a_model else values.groupby(lambda _: 0)
         if among.nunique(dropna=False).max() > 1:
             spelled = values.map(_SPELLED.get(field, "{}").format)
             names = names.where(values.isna() | (values == usual), names + " · " + spelled)

@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from harness.record import Record
 from harness.store import LAWS, RunStore
-from reports import figures, predictions, training, verdict
+from reports import amplification, figures, predictions, training, verdict
 from reports.frames import laws, missing_ids, trace_frame, trials_frame
 from reports.summary import headings_of, summary
 from reports.table import SYMBOLS, trials_table
@@ -128,6 +128,21 @@ def _sections(store: RunStore, frame: pd.DataFrame) -> list[Section]:
             "activations and the one with stored, same weights, batch and precision.",
         ),
     ]
+    causes = trace_frame(store, list(measured["id"]), amplification.TABLE)
+    if len(causes):
+        sections.append(
+            _section(
+                "amplification",
+                "Amplification",
+                lambda: amplification.amplification_by_block(frame, causes, traces),
+                lambda: amplification.amplification_sentences(frame, causes, traces),
+                "Measured: the drift of each block, as above. Predicted: what rounding the streams becomes on its way "
+                "back through the Jacobians of the inverses, to first order and before anything is rebuilt; what F and "
+                "G round themselves is left out. Bound: the same if every error met the worst direction of every "
+                "inverse. A gap: the blocks behind it are rebuilt from another stored output. Lines may leave a panel, "
+                "so that the measured errors can be told apart.",
+            )
+        )
     followed = trace_frame(store, list(measured["id"]), training.TABLE)
     if len(followed):
         sections.append(

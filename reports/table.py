@@ -98,7 +98,8 @@ _UNITS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 )
 MAIN_SPEC = ("model", "depth", "batch_size", "activations")
 SPEC = (
-    *("model", "depth", "channels", "data.name", "data.image_size", "batch_size", "activations", "budget_bytes"),
+    *("model", "depth", "channels", "log_scale_gain", "data.name", "data.image_size", "batch_size"),
+    *("activations", "budget_bytes"),
     *("compute", "reconstruction", "zero_stage", "workers", "seed"),
 )
 

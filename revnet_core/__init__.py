@@ -30,6 +30,7 @@ from revnet_core.jacobian import JacobianBounds as JacobianBounds
 from revnet_core.jacobian import singular_values as singular_values
 from revnet_core.networks import check_channels as check_channels
 from revnet_core.networks import check_depth as check_depth
+from revnet_core.networks import check_log_scale_gain as check_log_scale_gain
 from revnet_core.networks import create_model as create_model
 from revnet_core.networks import list_models as list_models
 from revnet_core.precision import Precision as Precision

@@ -141,8 +141,21 @@ def audit_model_inverse(model: nn.Module, x: Tensor, *, reference: bool = False)
 
     Blocks are numbered through the model. Empty for a model without reversible blocks.
     """
+    drifts = [
+        drift
+        for sequence, (streams, side) in sequence_inputs(model, x)
+        for drift in audit_inverse(sequence, streams, reference=reference, **side)
+    ]
+    return [replace(drift, block=block) for block, drift in enumerate(drifts)]
+
+
+def sequence_inputs(
+    model: nn.Module, x: Tensor
+) -> list[tuple[ReversibleSequence, tuple[Tensor | Streams, dict[str, Any]]]]:
+    """Of every outermost ReversibleSequence, in the order of registration, a copy and what it gets when the model sees
+    x: its input and its side inputs. One that gets nothing is left out; the model stays as it is."""
     model = copy.deepcopy(model)
-    inputs: dict[ReversibleSequence, tuple[Any, dict[str, Any]]] = {}
+    inputs: dict[ReversibleSequence, tuple[Tensor | Streams, dict[str, Any]]] = {}
 
     def note(sequence: nn.Module, args: tuple[Any], side: dict[str, Any]) -> None:
         assert isinstance(sequence, ReversibleSequence)
@@ -154,13 +167,7 @@ def audit_model_inverse(model: nn.Module, x: Tensor, *, reference: bool = False)
         model(x)
         for hook in hooks:
             hook.remove()
-    drifts = [
-        drift
-        for sequence in sequences
-        if sequence in inputs
-        for drift in audit_inverse(sequence, inputs[sequence][0], reference=reference, **inputs[sequence][1])
-    ]
-    return [replace(drift, block=block) for block, drift in enumerate(drifts)]
+    return [(sequence, inputs[sequence]) for sequence in sequences if sequence in inputs]
 
 
 def audit_gradients(model: nn.Module, loss: Loss, batch: Batch) -> GradientParity:

@@ -9,6 +9,7 @@ from revnet_core.networks.base import Layout, Network
 from revnet_core.networks.families import FAMILIES as FAMILIES
 from revnet_core.networks.families import check_channels as check_channels
 from revnet_core.networks.families import check_depth as check_depth
+from revnet_core.networks.families import check_log_scale_gain as check_log_scale_gain
 from revnet_core.networks.families import check_units, find_family, units_of
 from revnet_core.networks.families import list_models as list_models
 from revnet_core.precision import Precision
@@ -23,6 +24,7 @@ def create_model(
     depth: int | None = None,
     units: Sequence[int] | None = None,
     channels: Sequence[int] | None = None,
+    log_scale_gain: float | None = None,
     activations: str | Budgeted | None = None,
     precision: Precision = Precision(),  # noqa: B008 - immutable
 ) -> Network:
@@ -38,11 +40,14 @@ def create_model(
                  Even for a revnet, not decreasing for a `gomez_` family of basic units. Those of an irevnet are of both
                  streams together, to which the image is padded: a multiple of 8, then each 4 times the one before. By
                  default the published one.
+    log_scale_gain
+                 of revnet_affine only: what the weights that make its log-scales begin with, as a factor of PyTorch's
+                 initial ones; by default 0.1. At 1 a deep network cannot be inverted.
     activations  one of the family's, or Budgeted(bytes); by default "reconstructed" where the family has it, else
                  "stored".
 
-    Raises UnknownModelError, DepthError (also of units), ShapeError (of channels), or UnsupportedError for activations
-    or a reconstruction precision that the family does not have.
+    Raises UnknownModelError, DepthError (also of units), ShapeError (of channels), or UnsupportedError for activations,
+    a reconstruction precision or log-scales that the family does not have.
     """
     if depth is None and (match := re.fullmatch(r"([a-z_]+)(\d+)", name)):
         name, depth = match[1], int(match[2])
@@ -63,6 +68,8 @@ def create_model(
             f"units = {list(units)}; the published widths of {name} are those of {family.stages} stages. "
             f"Give channels: {len(units)} widths."
         )
+    if log_scale_gain is not None:
+        check_log_scale_gain(name, log_scale_gain)
     if activations is None:
         activations = "reconstructed" if family.reversible else "stored"
     reversible = name.replace("resnet", "revnet")
@@ -83,4 +90,5 @@ def create_model(
         in_channels=in_channels,
         activations=activations,
         precision=precision,
+        **({} if log_scale_gain is None else {"log_scale_gain": log_scale_gain}),
     )

@@ -5,12 +5,13 @@ layers are memcnn's, with `gomez_` those of the paper's code; without a suffix t
 `irevnet` and `revnet_affine` stand beside them.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import NamedTuple
 
-from revnet_core.errors import DepthError, ShapeError, UnknownModelError
+from revnet_core.errors import DepthError, ShapeError, UnknownModelError, UnsupportedError
 from revnet_core.networks.base import Network
 from revnet_core.networks.gomez import GomezRevNet
 from revnet_core.networks.irevnet import IRevNet
@@ -125,10 +126,13 @@ REVNET_AFFINE = next(size for size in SIZES if size.name == "revnet")._replace(
 
 @dataclass(frozen=True)
 class Family:
+    """scales: whether its couplings multiply, so that it can be asked for a log_scale_gain."""
+
     size: Size
     design: UnitDesign
     build: Callable[..., Network]
     source: str
+    scales: bool = False
 
     @property
     def summary(self) -> str:
@@ -188,7 +192,7 @@ class Family:
 
 FAMILIES = {variant.prefix + size.name: variant.family(size) for variant in VARIANTS for size in SIZES} | {
     IREVNET.name: Family(IREVNET, IREVNET_BOTTLENECK, IRevNet, "Jacobsen et al."),
-    REVNET_AFFINE.name: Family(REVNET_AFFINE, MEMCNN_BASIC, AffineRevNet, "memcnn"),
+    REVNET_AFFINE.name: Family(REVNET_AFFINE, MEMCNN_BASIC, AffineRevNet, "memcnn", scales=True),
 }
 
 
@@ -262,6 +266,20 @@ def check_channels(name: str, channels: Sequence[int], stages: int | None = None
                 f"{where}, and a {name} cannot get narrower: its shortcuts have no parameters and only add channels. "
                 f"Write {channels[stage - 1]} or more, or use {name.removeprefix('gomez_')}."
             )
+
+
+def check_log_scale_gain(name: str, gain: float) -> None:
+    """Raises UnsupportedError for a family whose couplings only add, and for a gain that is negative or not finite."""
+    if not find_family(name).scales:
+        scaling = " or ".join(other for other, family in FAMILIES.items() if family.scales)
+        raise UnsupportedError(
+            f"log_scale_gain = {gain}; {name} has no log-scales, since none of its couplings multiplies. Leave it out, "
+            f"or use {scaling}."
+        )
+    if not 0 <= gain < math.inf:
+        raise UnsupportedError(
+            f"log_scale_gain = {gain}; a factor of the initial log-scales is finite and at least 0. Give 0.1, say."
+        )
 
 
 def _widths(family: Family) -> str:

@@ -8,13 +8,14 @@ Sources: Gomez et al. 2017, arXiv:1707.04585; layers as in memcnn's networks, va
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from revnet_core.affine import AffineCoupling
 from revnet_core.coupling import AdditiveCoupling, Coupling, as_net_input
-from revnet_core.networks.base import Network
+from revnet_core.networks.base import Layout, Network
 from revnet_core.networks.units import ResidualUnit, UnitDesign, UnitShape
 from revnet_core.sequence import ReversibleSequence
 
@@ -47,11 +48,16 @@ class RevNet(Network):
 class AffineRevNet(RevNet):
     """RevNet with affine couplings: F and G end in twice the channels of their stream, and are else the same.
 
-    The weights of the last convolution that make the log-scale begin at LOG_SCALE_GAIN times PyTorch's initial ones.
+    The weights of the last convolution that make the log-scale begin at `log_scale_gain` times PyTorch's initial ones.
     At their full size each coupling multiplies a stream by about e**0.4 or e**-0.4, and a deep network cannot be
     inverted: what RevNet-110 rebuilds in fp32 is off by 1e-1, with a tenth of them by 1e-6, as without scales. At zero
-    the inverse would be the additive one at the start.
+    the inverse is the additive one at the start.
     """
+
+    def __init__(self, layout: Layout, *, log_scale_gain: float = LOG_SCALE_GAIN, **options: Any) -> None:
+        # Before the couplings are built, which the base class does.
+        self.log_scale_gain = log_scale_gain
+        super().__init__(layout, **options)
 
     def build_coupling(self, design: UnitDesign, shape: UnitShape) -> Coupling:
         doubled = replace(shape, out_channels=2 * shape.out_channels)
@@ -60,5 +66,5 @@ class AffineRevNet(RevNet):
             for net in nets:
                 last = net[-1]
                 assert isinstance(last, nn.Conv2d)
-                last.weight[: shape.out_channels].mul_(LOG_SCALE_GAIN)
+                last.weight[: shape.out_channels].mul_(self.log_scale_gain)
         return AffineCoupling(*nets)

@@ -10,7 +10,9 @@ from revnet_core.networks.families import find_family
 
 
 def test_the_studies_are_shipped() -> None:
-    assert {"quickstart", "depth", "batch", "precision", "zero", "budget", "paper", "limit"} <= set(shipped_studies())
+    assert {"quickstart", "depth", "batch", "precision", "zero", "budget", "paper", "limit", "explode"} <= set(
+        shipped_studies()
+    )
 
 
 @pytest.mark.parametrize("name", shipped_studies())

@@ -57,7 +57,7 @@ def test_ids_are_equal_exactly_when_specs_are(one: dict[str, Any], other: dict[s
 
 def test_the_id_of_a_known_spec_stays_what_it_is() -> None:
     # A changed id makes every finished trial of every run run again.
-    assert TrialSpec(model="revnet").id == "6e1ccf139457"
+    assert TrialSpec(model="revnet").id == "f7c62b101152"
     assert TrialSpec(model="revnet", learning_rate=1).id == TrialSpec(model="revnet", learning_rate=1.0).id
 
 
@@ -74,16 +74,17 @@ def test_the_id_does_not_depend_on_where_a_study_gives_the_data_set() -> None:
         section | {"data": {"name": "synthetic"}, "fixed": {"data.image_size": 64}},
         {"data": {"name": "cifar10"}, "grid": listed},
     ]
-    assert [[trial.id for trial in trials_of(**place)] for place in places] == [["30ed0cc6c19d"]] * len(places)
+    assert [[trial.id for trial in trials_of(**place)] for place in places] == [["d3fcef80aa42"]] * len(places)
 
 
 def test_the_spec_has_the_keys_of_the_contract() -> None:
     assert TrialSpec(model="revnet").model_dump(mode="json") == {
-        "model": "revnet", "depth": 38, "channels": None,
+        "model": "revnet", "depth": 38, "channels": None, "log_scale_gain": None,
         "data": {"name": "cifar10", "path": None, "image_size": 32}, "batch_size": 32,
         "activations": "reconstructed", "budget_bytes": None, "compute": "fp32", "reconstruction": "fp32",
         "zero_stage": 0, "workers": 1,
-        "warmup_steps": 2, "measured_steps": 5, "audit_batch_size": 16, "learning_rate": 0.1, "seed": 0,
+        "warmup_steps": 2, "measured_steps": 5, "audit_batch_size": 16, "amplification": False,
+        "drift_steps": 0, "drift_audits": 11, "learning_rate": 0.1, "seed": 0,
         "resources": {"gpus_per_worker": None, "cpus_per_worker": 1, "memory_bytes": None}, "deepspeed": {},
     }  # fmt: skip
 
