@@ -23,9 +23,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from revnet_core.chain import ChainRun, Streams, buffers
 from revnet_core.coupling import Coupling
-from revnet_core.errors import PrecisionError
+from revnet_core.errors import PrecisionError, UnsupportedError
 from revnet_core.precision import STREAM_DTYPES, Precision
 from revnet_core.sequence import ReversibleSequence
+
+# How far, in relation, a Jacobian and its transpose may disagree.
+TRANSPOSE_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,9 @@ def singular_values(
 
     The coupling is taken in the training mode that it is in: what batch norm's statistics contribute is part of the
     Jacobian, and what a coupling's nets drew at random is repeated (any other module has to draw nothing). Parameters,
-    buffers and the random state stay as they are. F and G have to be twice differentiable. Raises ValueError for fewer
-    than one iteration, PrecisionError for streams of a dtype that `Precision` does not have.
+    buffers and the random state stay as they are. Raises UnsupportedError for an F or G that is not twice
+    differentiable, ValueError for fewer than one iteration, PrecisionError for streams of a dtype that `Precision` does
+    not have.
     """
     require_positive(iterations=iterations)
     module = differentiable_copy(coupling)
@@ -106,6 +110,22 @@ class Linearized:
         for function in maps:
             self.steps.append(_Step(function, self.value))
             self.value = self.steps[-1].value
+        self._refuse_once_differentiable()
+
+    def _refuse_once_differentiable(self) -> None:
+        """Raises UnsupportedError unless `push` and `pull` are each other's transpose.
+
+        The gradient of a gradient that is cut off comes as zeros, without a word.
+        """
+        u = drawn_like(self.value, torch.Generator(self.value[0].device).manual_seed(0))
+        v = self.pull(u)
+        pushed, expected = _inner(self.push(v), u), _inner(v, v)
+        tolerance = max(TRANSPOSE_TOLERANCE, 16 * torch.finfo(u[0].dtype).eps)
+        if math.isfinite(expected) and abs(pushed - expected) > tolerance * expected:
+            raise UnsupportedError(
+                "F or G cannot be differentiated twice, so its Jacobian is not known: a torch.autograd.Function in it "
+                "is once_differentiable, or detaches. Write its backward in differentiable operations."
+            )
 
     def push(self, v: Streams) -> Streams:
         """The Jacobian times v."""
@@ -182,6 +202,10 @@ def drawn_like(streams: Streams, generator: torch.Generator) -> Streams:
 def size_of(streams: Streams) -> float:
     """The Euclidean norm over both, in float64."""
     return math.hypot(*(torch.linalg.vector_norm(t, dtype=torch.float64).item() for t in streams))
+
+
+def _inner(a: Streams, b: Streams) -> float:
+    return sum((one.double() * other.double()).sum().item() for one, other in zip(a, b, strict=True))
 
 
 def scaled(streams: Streams, size: float) -> Streams:

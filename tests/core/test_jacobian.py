@@ -16,6 +16,7 @@ from revnet_core import (
     PrecisionError,
     ReversibleSequence,
     SpaceToDepth,
+    UnsupportedError,
     audit_amplification,
     audit_inverse,
     singular_values,
@@ -305,3 +306,33 @@ def test_norm_mlp_is_twice_differentiable_in_float32() -> None:
     x1, x2 = torch.randn(2, 3, 4, 6)
     found = singular_values(AdditiveCoupling(norm_mlp(), norm_mlp()), x1, x2, iterations=20)
     assert 0 < found.smallest < 1 < found.largest
+
+
+class _Tanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (y,) = ctx.saved_tensors
+        return grads[0] * (1 - y * y)
+
+
+class _OnceDifferentiable(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return _Tanh.apply(super().forward(input))  # pyright: ignore[reportReturnType]
+
+
+def test_what_cannot_be_differentiated_twice_is_refused_and_not_passed_over() -> None:
+    """Torch hands back zeros for it, and the block would seem to enlarge nothing."""
+    torch.manual_seed(0)
+    coupling = AdditiveCoupling(_OnceDifferentiable(3, 3), nn.Linear(3, 3)).double()
+    x = torch.randn(2, 6, dtype=torch.float64)
+    with pytest.raises(UnsupportedError, match="F or G cannot be differentiated twice"):
+        singular_values(coupling, *x.chunk(2, 1))
+    with pytest.raises(UnsupportedError, match="F or G cannot be differentiated twice"):
+        audit_amplification(ReversibleSequence([coupling], precision=FP64), x)
