@@ -9,9 +9,9 @@ from torch import nn
 
 from harness.inverses.chain import Streams, is_ours
 from revnet_core import Precision, PrecisionError
+from revnet_core.precision import AUTOCAST_DTYPES
 
 FP64 = "fp64"
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # From the same weights and inputs: how far an output may move, over its root mean square, for another order of the
 # same sums (more threads, other kernels) in this precision.
 OUTPUT_CHANGE = {FP64: 1e-9, "fp32": 1e-4, "tf32": 1e-1, "bf16": 1e-1, "fp16": 1e-2}
@@ -19,11 +19,13 @@ OUTPUT_CHANGE = {FP64: 1e-9, "fp32": 1e-4, "tf32": 1e-1, "bf16": 1e-1, "fp16": 1
 
 def own_precision(module: nn.Module) -> str:
     """What the module is in as it comes: `compute/reconstruction` of this project's, else its parameters' dtype."""
+    dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    if dtypes == {torch.float64}:
+        return FP64
     for part in module.modules():
         if isinstance(precision := getattr(part, "precision", None), Precision):
-            return FP64 if precision.reconstruction == FP64 else f"{precision.compute}/{precision.reconstruction}"
-    dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
-    return FP64 if dtypes == {torch.float64} else "fp32"
+            return f"{precision.compute}/{precision.reconstruction}"
+    return "fp32"
 
 
 def compute_of(precision: str) -> str:
@@ -48,15 +50,13 @@ def at_precision(
             return twin, inputs, contextlib.nullcontext()
         compute, _, reconstruction = precision.partition("/")
         return _set(twin, Precision(compute, reconstruction or "fp32")), inputs, contextlib.nullcontext()
-    if precision not in ("fp32", *AUTOCAST):
+    if precision not in ("fp32", "bf16", "fp16"):
         raise PrecisionError(
             f"precisions: {precision!r} is none for a {type(module).__name__}; give some of fp64, fp32, bf16, fp16. "
             "A reconstruction of its own is what ReversibleSequence has."
         )
-    device_type = inputs[0].device.type
-    context = (
-        torch.autocast(device_type, dtype=AUTOCAST[precision]) if precision in AUTOCAST else contextlib.nullcontext()
-    )
+    dtype = AUTOCAST_DTYPES[precision]
+    context = torch.autocast(inputs[0].device.type, dtype=dtype) if dtype else contextlib.nullcontext()
     return twin.float(), tuple(t.float() for t in inputs), context
 
 

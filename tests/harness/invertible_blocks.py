@@ -60,7 +60,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 def planted(fault: str) -> Callable[[nn.Sequential], None]:
     def plant(net: nn.Sequential) -> None:
-        setattr(net[FAULTY], "fault", fault)  # noqa: B010
+        setattr(net[FAULTY], "fault", fault)  # noqa: B010 - an attribute of a module, to a type checker a tensor
 
     return plant
 

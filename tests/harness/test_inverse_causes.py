@@ -68,7 +68,7 @@ def test_a_planted_fault_is_named_with_its_block(
 def sequence(dropout: float) -> ReversibleSequence:
     torch.manual_seed(0)
     couplings = [AdditiveCoupling(residual(dropout), residual(dropout)) for _ in range(BLOCKS)]
-    setattr(couplings[FAULTY].f, "faulty", True)  # noqa: B010
+    setattr(couplings[FAULTY].f, "faulty", True)  # noqa: B010 - an attribute of a module, to a type checker a tensor
     return ReversibleSequence(couplings)
 
 

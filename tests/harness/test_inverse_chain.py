@@ -139,6 +139,15 @@ def test_freia_s_modules_are_checked_as_they_are(tmp_path: Path) -> None:
         assert max(errors(verdict)) < ROUNDING
 
 
+def test_wide_streams_over_narrow_nets_are_a_precision_of_their_own(tmp_path: Path) -> None:
+    net = sequence(Precision(reconstruction="fp64"))
+    assert own_precision(net) == "fp32/fp64"
+    assert own_precision(net.double()) == "fp64"
+    verdict = check(sequence(Precision(reconstruction="fp64")), torch.cat(inputs(), 1), path=tmp_path)
+    assert verdict.outcome == "passed", verdict.message
+    assert verdict.figures.keys() == {"fp32/fp64", "fp64"}
+
+
 def test_nothing_given_is_changed(tmp_path: Path) -> None:
     for module, given in ((chain(), inputs()), (sequence(), (torch.cat(inputs(), 1),))):
         weights, values = copy.deepcopy(module.state_dict()), [t.clone() for t in given]
