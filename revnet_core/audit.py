@@ -150,10 +150,10 @@ def audit_model_inverse(model: nn.Module, x: Tensor, *, reference: bool = False)
 
 
 def sequence_inputs(
-    model: nn.Module, x: Tensor
+    model: nn.Module, *given: Tensor | Streams
 ) -> list[tuple[ReversibleSequence, tuple[Tensor | Streams, dict[str, Any]]]]:
     """Of every outermost ReversibleSequence, in the order of registration, a copy and what it gets when the model sees
-    x: its input and its side inputs. One that gets nothing is left out; the model stays as it is."""
+    what is given: its input and its side inputs. One that gets nothing is left out; the model stays as it is."""
     model = copy.deepcopy(model)
     inputs: dict[ReversibleSequence, tuple[Tensor | Streams, dict[str, Any]]] = {}
 
@@ -161,10 +161,10 @@ def sequence_inputs(
         assert isinstance(sequence, ReversibleSequence)
         inputs[sequence] = _map(args[0], Tensor.clone), side
 
-    with torch.no_grad(), torch.random.fork_rng(_cuda_devices(x)):
+    with torch.no_grad(), torch.random.fork_rng(_cuda_devices(given[0])):
         sequences = list(outermost_sequences(model))
         hooks = [s.register_forward_pre_hook(note, with_kwargs=True) for s in sequences]
-        model(x)
+        model(*given)
         for hook in hooks:
             hook.remove()
     return [(sequence, inputs[sequence]) for sequence in sequences if sequence in inputs]

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from harness.inverses.baseline import Change
 from harness.inverses.chain import Streams, blocks_of, copies, is_ours
-from harness.inverses.measurement import MARKS, SEED, BlockFigures, Figures, relative, sequence_inputs, single_blocks
+from harness.inverses.measurement import MARKS, SEED, BlockFigures, Figures, arguments, relative, single_blocks
 from harness.inverses.precisions import FP64, at_precision
 from harness.inverses.structure import Calls, Structure, difference, parts_of
 from revnet_core import audit_inverse
+from revnet_core.audit import sequence_inputs
 
 # Of a rebuilt input in float64: beyond, it is no rounding, whatever a block amplifies.
 NOT_ROUNDING = 1e-6
@@ -126,7 +127,8 @@ class _Probe:
 
     def _observe(self, twin: nn.Module, given: Streams, index: int) -> None:
         if is_ours(twin):
-            singles = [pair for s, x, side in sequence_inputs(twin, given) for pair in _with_side(s, x, side)]
+            met = sequence_inputs(twin, *arguments(twin, copies(given)))
+            singles = [(alone, streams, side) for s, (x, side) in met for alone, streams in single_blocks(s, x, side)]
             alone, pair, side = singles[index]
             self._x: Streams = pair
             self._block: nn.Module = alone.couplings[0]
@@ -205,10 +207,6 @@ class _Probe:
             if off > 0 and left < EXPLAINED * off:
                 return f"stream {index + 1} comes back {factor:.6g} times what it was"
         return None
-
-
-def _with_side(sequence: Any, x: Any, side: dict[str, Any]) -> list[tuple[Any, Any, dict[str, Any]]]:
-    return [(alone, streams, side) for alone, streams in single_blocks(sequence, x, side)]
 
 
 def _mode(training: bool) -> str:

@@ -21,7 +21,7 @@ from harness.inverses.chain import Block, Streams, blocks_of, copies, is_ours, n
 from harness.inverses.precisions import FP64, at_precision
 from harness.inverses.structure import Calls, hash_of, weights_of, weights_outside
 from revnet_core import ReversibleSequence, audit_gradients, audit_inverse
-from revnet_core.audit import outermost_sequences
+from revnet_core.audit import outermost_sequences, sequence_inputs
 
 ERRORS = ("inverse_rel", "drift_rel")
 MARKS = ("output_rms", "output_projection")
@@ -67,23 +67,6 @@ def measure(module: nn.Module, inputs: Streams, precision: str) -> Figures:
     return Figures(blocks, gradient, hash_of(inputs), weights_outside(module))
 
 
-def sequence_inputs(model: nn.Module, inputs: Streams) -> Iterator[tuple[ReversibleSequence, Any, dict[str, Any]]]:
-    """Each outermost sequence of a model with the input and the keywords that it gets when the model sees `inputs`."""
-    met: list[tuple[ReversibleSequence, Any, dict[str, Any]]] = []
-
-    def note(sequence: nn.Module, args: tuple[Any, ...], side: dict[str, Any]) -> None:
-        assert isinstance(sequence, ReversibleSequence)
-        x = args[0]
-        met.append((sequence, copies(x) if isinstance(x, tuple) else x.detach().clone(), side))
-
-    hooks = [s.register_forward_pre_hook(note, with_kwargs=True) for s in outermost_sequences(model)]
-    with torch.no_grad():
-        _called(model, copies(inputs))
-    for hook in hooks:
-        hook.remove()
-    yield from met
-
-
 def single_blocks(
     sequence: ReversibleSequence, x: Any, side: dict[str, Any]
 ) -> Iterator[tuple[ReversibleSequence, Any]]:
@@ -100,7 +83,7 @@ def single_blocks(
 def _of_sequences(model: nn.Module, inputs: Streams) -> Iterator[BlockFigures]:
     weights = [weights_of(c) for sequence in outermost_sequences(model) for c in sequence.couplings]
     index = 0
-    for sequence, x, side in sequence_inputs(model, inputs):
+    for sequence, (x, side) in sequence_inputs(model, *arguments(model, copies(inputs))):
         drifts = audit_inverse(sequence, x, **side)
         for (alone, streams), drift in zip(single_blocks(sequence, x, side), drifts, strict=True):
             (own,) = audit_inverse(alone, streams, **side)
@@ -140,13 +123,14 @@ class _Whole(nn.Module):
         self.count = count
 
     def forward(self, x: Tensor) -> Tensor:
-        out = _called(self.model, x.unbind() if self.count > 1 else (x,))
+        out = self.model(*arguments(self.model, x.unbind() if self.count > 1 else (x,)))
         return torch.stack(out) if isinstance(out, tuple) else out
 
 
-def _called(model: nn.Module, inputs: Streams) -> Any:
+def arguments(model: nn.Module, inputs: Streams) -> tuple[Any, ...]:
+    """What to call the model with; a sequence of two streams takes both as one."""
     as_pair = isinstance(model, ReversibleSequence) and model.split_dim is None
-    return model(tuple(inputs)) if as_pair else model(*inputs)
+    return (tuple(inputs),) if as_pair else inputs
 
 
 def _parity(model: nn.Module, inputs: Streams) -> dict[str, float]:
