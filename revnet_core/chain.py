@@ -228,11 +228,14 @@ class ChainRun:
             if isinstance(block, Coupling):
                 yield from (block.f, block.g)
 
-    def replayed(self, index: int, block: Coupling, name: NetName, source: Tensor) -> Tensor:
+    def replayed(
+        self, index: int, block: Coupling, name: NetName, source: Tensor, *, constant_statistics: bool = False
+    ) -> Tensor:
         """F or G of a stream, with all that the block's forward found and drew; differentiable."""
         assert self._autocast is not None
         replay = self._replays[index][name]
-        with located(f"couplings[{index}].{name}: "), replay.replaying(), self._autocast.restored():
+        replaying = replay.replaying(constant_statistics=constant_statistics)
+        with located(f"couplings[{index}].{name}: "), replaying, self._autocast.restored():
             return block.evaluate(name, source, self.side, own_copy=replay.observed)
 
     def with_side(self, tensors: dict[str, Tensor]) -> "ChainRun":

@@ -105,10 +105,10 @@ class Linearized:
     """
 
     def __init__(self, maps: Sequence[Callable[..., Streams]], at: Streams) -> None:
-        self.steps: list[_Step] = []
+        self.steps: list[Step] = []
         self.at = self.value = at
         for function in maps:
-            self.steps.append(_Step(function, self.value))
+            self.steps.append(Step(function, self.value))
             self.value = self.steps[-1].value
         self._refuse_once_differentiable()
 
@@ -152,8 +152,11 @@ class Linearized:
         return found
 
 
-class _Step:
+class Step:
+    """One map, its value and its derivative."""
+
     def __init__(self, function: Callable[..., Streams], at: Streams) -> None:
+        self.function = function
         # The fused attention kernels cannot be differentiated twice.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             self._at = tuple(t.detach().requires_grad_() for t in at)
@@ -221,6 +224,6 @@ def _change(
     block = run.blocks[index]
     assert isinstance(block, Coupling)
     source, target = (s2, s1) if name == "f" else (s1, s2)
-    residual = run.precision.residual(run.replayed(index, block, name, source))
+    residual = run.precision.residual(run.replayed(index, block, name, source, constant_statistics=True))
     changed = getattr(block, how)(target, residual)
     return (changed, s2) if name == "f" else (s1, changed)

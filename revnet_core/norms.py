@@ -47,9 +47,11 @@ class NormReplay:
             yield
 
     @contextlib.contextmanager
-    def replaying(self) -> Iterator[None]:
+    def replaying(self, *, as_constants: bool = False) -> Iterator[None]:
+        """as_constants: gradients leave out that the statistics are of the batch; they can be differentiated again."""
         left = iter(self._found)
-        with self._made_by(lambda norm, x: self._repeat(norm, x, left)):
+        normalize = _normalized if as_constants else _Normalize.apply
+        with self._made_by(lambda norm, x: self._repeat(norm, x, left, normalize)):
             yield
 
     @contextlib.contextmanager
@@ -79,10 +81,19 @@ class NormReplay:
         self._found.append(_Statistics(mean_C, inverse_deviation_C))
         return out
 
-    def _repeat(self, norm: _BatchNorm, x: Tensor, left: Iterator[_Statistics]) -> Tensor:
+    def _repeat(
+        self, norm: _BatchNorm, x: Tensor, left: Iterator[_Statistics], normalize: Callable[..., Any]
+    ) -> Tensor:
         if not x.numel():
             return type(norm).forward(norm, x)
-        return _Normalize.apply(x, norm.weight, norm.bias, *next(left), norm.eps)  # pyright: ignore[reportReturnType]
+        return normalize(x, norm.weight, norm.bias, *next(left), norm.eps)
+
+
+def _normalized(
+    x: Tensor, weight_C: Tensor | None, bias_C: Tensor | None, mean_C: Tensor, inverse_deviation_C: Tensor, eps: float
+) -> Tensor:
+    variance_C = inverse_deviation_C.square().reciprocal_().sub_(eps)
+    return torch.batch_norm(x, weight_C, bias_C, mean_C, variance_C, False, 0.0, eps, torch.backends.cudnn.enabled)
 
 
 class _Normalize(torch.autograd.Function):
@@ -100,8 +111,7 @@ class _Normalize(torch.autograd.Function):
     ) -> Tensor:
         ctx.eps = eps
         ctx.save_for_backward(x, weight_C, mean_C, inverse_deviation_C)
-        variance_C = inverse_deviation_C.square().reciprocal_().sub_(eps)
-        return torch.batch_norm(x, weight_C, bias_C, mean_C, variance_C, False, 0.0, eps, torch.backends.cudnn.enabled)
+        return _normalized(x, weight_C, bias_C, mean_C, inverse_deviation_C, eps)
 
     @staticmethod
     @once_differentiable

@@ -106,7 +106,8 @@ class Replay:
         ]
 
     @contextlib.contextmanager
-    def replaying(self) -> Iterator[None]:
+    def replaying(self, *, constant_statistics: bool = False) -> Iterator[None]:
+        """constant_statistics: where batch norm reuses statistics, gradients leave out that they are of the batch."""
         self._refuse_changes()
         self._look_for_hooks()
         with contextlib.ExitStack() as undo:
@@ -133,7 +134,7 @@ class Replay:
                 undo.callback(torch.cuda.set_rng_state, torch.cuda.get_rng_state(self._device), self._device)
                 torch.cuda.set_rng_state(self._cuda_state, self._device)
             if self._norms:
-                undo.enter_context(self._norms.replaying())
+                undo.enter_context(self._norms.replaying(as_constants=constant_statistics))
             yield
 
     def _swap_buffers(self, module: nn.Module, undo: contextlib.ExitStack) -> None:

@@ -157,9 +157,11 @@ def test_the_gradient_depends_on_what_was_noted(monkeypatch: pytest.MonkeyPatch)
     expected = training_step(sequence_of_norms("plain_2d"), input_of_norms("plain_2d"))
     original = NormReplay._repeat
 
-    def disturbed(self: NormReplay, norm: nn.BatchNorm2d, x: Tensor, left: Iterator[_Statistics]) -> Tensor:
+    def disturbed(
+        self: NormReplay, norm: nn.BatchNorm2d, x: Tensor, left: Iterator[_Statistics], *normalize: Any
+    ) -> Tensor:
         mean_C, inverse_deviation_C = next(left)
-        return original(self, norm, x, iter([_Statistics(mean_C, 1.01 * inverse_deviation_C)]))
+        return original(self, norm, x, iter([_Statistics(mean_C, 1.01 * inverse_deviation_C)]), *normalize)
 
     monkeypatch.setattr(NormReplay, "_repeat", disturbed)
     actual = training_step(sequence_of_norms("plain_2d", activations="reconstructed"), input_of_norms("plain_2d"))
