@@ -144,7 +144,44 @@ def read(path: Path) -> dict[str, Any] | None:
         raise BaselineError(f"{path}: not JSON ({error}). Restore it, or delete it to have it written anew.") from None
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         raise BaselineError(f"{path}: not a baseline of schema {SCHEMA}. Restore it, or delete it.")
+    if place := _fault(found):
+        raise BaselineError(f"{path}: {place} is missing, or not what belongs there. Restore the file, or delete it.")
     return found
+
+
+def _fault(found: Mapping[str, Any]) -> str | None:
+    """The first place that has not what a baseline has there."""
+    if key := _without(found, {"test": str, "structure": dict, "tolerances": dict, "baselines": dict}):
+        return key
+    if key := _without(found["tolerances"], dict.fromkeys(DEFAULT_TOLERANCES, float)):
+        return f"tolerances.{key}"
+    for name, parts in found["structure"].items():
+        if not (isinstance(parts, list) and all(isinstance(part, str) for part in parts)):
+            return f"structure.{name}"
+    for machine, baseline in found["baselines"].items():
+        where = f"baselines[{machine!r}]"
+        if not isinstance(baseline, dict):
+            return where
+        if key := _without(baseline, {"inputs": str, "outside": str, "blocks": list, "gradient": dict}):
+            return f"{where}.{key}"
+        if key := _without(baseline["gradient"], dict.fromkeys(baseline["gradient"], float)):
+            return f"{where}.gradient.{key}"
+        of_block = {"name": str, "weights": str, "calls": str, **dict.fromkeys((*MARKS, *ERRORS), float)}
+        for index, block in enumerate(baseline["blocks"]):
+            if not isinstance(block, dict):
+                return f"{where}.blocks[{index}]"
+            if key := _without(block, of_block):
+                return f"{where}.blocks[{index}].{key}"
+            if not all("=" in part for part in block["weights"].split()):
+                return f"{where}.blocks[{index}].weights"
+    return None
+
+
+def _without(found: Mapping[str, Any], kinds: Mapping[str, type]) -> str | None:
+    """The first key that has no value of its kind; a whole number is one of the numbers."""
+    return next(
+        (k for k, kind in kinds.items() if not isinstance(found.get(k), (int, float) if kind is float else kind)), None
+    )
 
 
 def write(path: Path, contents: Mapping[str, Any]) -> None:

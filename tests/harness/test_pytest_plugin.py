@@ -1,5 +1,6 @@
 """The plugin, driven as a user drives it: tests are written, run, changed and run again."""
 
+import copy
 import json
 import re
 import subprocess
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 # Before the first inner run, after which pytester forgets what was imported in it: torch cannot be imported twice.
-import harness.inverses.check  # noqa: F401
+from harness.inverses.baseline import BaselineError, read
 
 BLOCK = """\
 import torch
@@ -213,6 +214,29 @@ def test_a_damaged_baseline_is_named_and_kept(project: pytest.Pytester, run: Run
     assert outcomes(result) == {"failed": 1, "passed": 1}
     result.stdout.fnmatch_lines([f"*{damaged.name}: {message}*"])
     assert damaged.read_text() == text
+
+
+def test_a_baseline_that_lacks_something_is_named_and_kept(project: pytest.Pytester, run: Run) -> None:
+    run()
+    damaged = next(iter(sorted((project.path / "inverse_baselines").rglob("*.json"))))
+    whole = json.loads(damaged.read_text())
+    (key,) = list(whole["baselines"])[:1]
+    for path in (
+        *(("test",), ("structure",), ("tolerances",), ("tolerances", "drift_rel"), ("baselines",), ("baselines", key)),
+        *(("baselines", key, name) for name in ("inputs", "outside", "blocks", "gradient")),
+        *(("baselines", key, "blocks", 0, name) for name in ("name", "weights", "calls", "inverse_rel", "output_rms")),
+    ):
+        found = copy.deepcopy(whole)
+        inner = found
+        for name in path[:-1]:
+            inner = inner[name]
+        inner[path[-1]] = None
+        damaged.write_text(json.dumps(found))
+        with pytest.raises(BaselineError, match=rf"{damaged.name}: .*{path[-1]}.* is missing, or not what belongs"):
+            read(damaged)
+    assert outcomes(run()) == {"failed": 1, "passed": 1}
+    damaged.write_text(json.dumps(whole))
+    assert read(damaged) == whole
 
 
 def test_a_module_without_an_inverse_is_refused(project: pytest.Pytester, run: Run) -> None:
