@@ -15,8 +15,9 @@ TABLE = "amplification"
 COLUMNS = 3
 # Of a panel with its title of two lines and the title of its axis, and of these alone.
 PANEL_PX, TITLES_PX = 300, 115
-# Of compute and of streams, from coarse to fine; tf32 rounds to as many digits as fp16.
-_DIGITS = {"bf16": 8, "fp16": 11, "tf32": 11, "fp32": 24, "fp64": 53}
+# Of compute and of streams, from coarse to fine; tf32 rounds to as many digits as fp16. A prediction is made in fp32 at
+# least, so that it knows what F and G round there.
+_DIGITS = {"bf16": 8, "fp16": 11, "tf32": 11, "fp32": 24, "fp64": 24}
 ADVICE = (
     "Where the error explodes: take the exact grid if the couplings are additive; if they are affine, a smaller clamp, "
     "smaller initial log-scales or a regularizer of them, or fewer blocks between stored points (activations "

@@ -63,13 +63,20 @@ def test_each_error_is_in_the_figure_and_in_the_sentences(make_run: Make) -> Non
     assert 'id="figure-amplification"' in html
 
 
-def test_a_prediction_for_wider_streams_than_f_and_g_says_what_it_leaves_out(make_run: Make) -> None:
-    record = trial(1, activations="reconstructed", reconstruction="fp64")
+@pytest.mark.parametrize(
+    ("compute", "reconstruction", "told"),
+    [("bf16", "fp32", True), ("bf16", "bf16", False), ("fp32", "fp64", False), ("fp32", "fp32", False)],
+)
+def test_a_prediction_for_coarser_f_and_g_says_what_it_leaves_out(
+    make_run: Make, compute: str, reconstruction: str, told: bool
+) -> None:
+    record = trial(1, activations="reconstructed", reconstruction=reconstruction, compute=compute)
     store = make_run([record])
     store.write_trial(record, list(rows()), b"log")
     frame = trials_frame(store)
     causes, drift = (trace_frame(store, list(frame["id"]), table) for table in (TABLE, "drift"))
-    assert "F and G compute in fewer digits than the streams" in amplification_sentences(frame, causes, drift)[0]
+    left_out = "F and G compute in fewer digits than the streams"
+    assert (left_out in amplification_sentences(frame, causes, drift)[0]) == told
 
 
 def test_errors_that_are_no_numbers_are_said_to_be_none(make_run: Make) -> None:
