@@ -136,11 +136,11 @@ def _sections(store: RunStore, frame: pd.DataFrame) -> list[Section]:
                 "Amplification",
                 lambda: amplification.amplification_by_block(frame, causes, traces),
                 lambda: amplification.amplification_sentences(frame, causes, traces),
-                "Measured: the drift of each block, as above. Predicted: what rounding the streams becomes on its way "
-                "back through the Jacobians of the inverses, to first order and before anything is rebuilt; what F and "
-                "G round themselves is left out. Bound: the same if every error met the worst direction of every "
-                "inverse. A gap: the blocks behind it are rebuilt from another stored output. Lines may leave a panel, "
-                "so that the measured errors can be told apart.",
+                "Measured: the drift of each block, as above. Predicted: what rounding, of the streams and within F "
+                "and G, becomes on its way back through the Jacobians of the inverses, to first order and before "
+                "anything is rebuilt. Bound: the same if every error met the worst direction of every inverse. A gap: "
+                "the blocks behind it are rebuilt from another stored output. Lines may leave a panel, so that the "
+                "measured errors can be told apart.",
             )
         )
     followed = trace_frame(store, list(measured["id"]), training.TABLE)
