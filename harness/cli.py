@@ -16,7 +16,7 @@ from harness.errors import HarnessError
 if TYPE_CHECKING:
     from harness.find import Axis
     from harness.store import RunStore
-    from harness.study import Study
+    from harness.study import Study, StudyResources
     from harness.trials import TrialSpec
 
 DONE, FAILED, BAD_INPUT, INCOMPLETE = 0, 1, 2, 4
@@ -135,7 +135,7 @@ def run(
     store = RunStore(out or _default_out(loaded))
     store.open_for(loaded.resolved(), [trial.id for trial in trials])
     selected = select_trials(trials, store, only=only, retry=retry, limit=limit)
-    interrupted = _run_selected(selected, len(trials), store, loaded.resources.timeout_s, address, exports)
+    interrupted = _run_selected(selected, len(trials), store, loaded.resources, address, exports)
     report_path = _write_report(store)
     counts = Counter(record.status for record in store.read_records())
     left = len(trials) - len(store.finished_ids() & {trial.id for trial in trials})
@@ -191,19 +191,20 @@ def _run_selected(
     selected: "list[TrialSpec]",
     planned: int,
     store: "RunStore",
-    timeout_s: float,
+    resources: "StudyResources",
     address: str | None,
     exports: list[str],
 ) -> bool:
-    """Run them with a progress bar; returns whether somebody pressed Ctrl-C."""
+    """Run them with a progress bar; returns whether somebody stopped it."""
     if not selected:
         return False
+    store.clear_stop()
     from harness.progress import SweepProgress
     from harness.schedule import ray_session, run_trials
 
     try:
         with ray_session(address), SweepProgress(len(selected), planned) as progress:
-            for tick in run_trials(selected, store, timeout_s, exports):
+            for tick in run_trials(selected, store, resources.timeout_s, resources.max_attempts, exports):
                 progress.update(tick)
     except KeyboardInterrupt:
         return True
@@ -260,7 +261,7 @@ def _find(
         store.open_for(written.resolved(), [trial.id for trial in planned], search=asked)
 
     def run_pending(pending: "list[TrialSpec]") -> bool:
-        return _run_selected(pending, len(pending), store, loaded.resources.timeout_s, address, [])
+        return _run_selected(pending, len(pending), store, loaded.resources, address, [])
 
     interrupted = confirm(searches, store, run_pending, write_plan=write_plan, retry=again)
     typer.echo()

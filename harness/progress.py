@@ -52,7 +52,8 @@ class SweepProgress:
                 self._console.print(f"{self._finished}/{self._selected} {self._last}", highlight=False)
             elif outcome.status not in RESULT_STATUSES:
                 self._bar.console.print(Text(f"{self._last}: {outcome.reason}", style="red"))
-        state = f"running {tick.running}  failed {self._failed}  left {self._time_left()}"
+        others = f"  with others {tick.elsewhere}" if tick.elsewhere else ""
+        state = f"running {tick.running}{others}  failed {self._failed}  left {self._time_left()}"
         self._bar.update(self._task, completed=self._finished, state=state, last=self._last)
 
     def _time_left(self) -> str:

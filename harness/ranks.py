@@ -3,18 +3,22 @@
 import os
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 
-from harness.record import Record
+from harness.record import Attempt, Record
 from harness.store import RunStore
 from harness.trials import TrialSpec
-from harness.worker import PARENT_PID, RANK_OUT, Finished
+from harness.worker import PARENT_PID, RANK_WRITES, Finished
 
 # How the ranks find each other, as torch.distributed's init_method; a file where they share one node.
 INIT_METHOD = "REVNET_INIT_METHOD"
+# Exit codes of processes that were ended by systems that want a machine back, or by people.
+TAKEN_BACK = (-signal.SIGKILL, -signal.SIGTERM)
 # Ranks of one node need no interface that others can reach.
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
@@ -61,7 +65,7 @@ def _start(rank: int, spec: TrialSpec, spec_path: Path, scratch: Path) -> subpro
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(spec.workers),
             INIT_METHOD: f"file://{scratch}/rendezvous",
-            RANK_OUT: str(out),
+            RANK_WRITES: "1",
             PARENT_PID: str(os.getpid()),
         }
     )
@@ -77,6 +81,16 @@ def _finished(spec: TrialSpec, rank: int, exit_code: int, scratch: Path) -> Fini
         return Finished(record, store.read_trace_rows(spec.id), store.read_exports(spec.id))
     status = "crashed" if exit_code < 0 else "failed"
     how = f"was ended by {signal_name(exit_code)}" if exit_code < 0 else f"exited with {exit_code} and left no record"
+    attempt = Attempt(
+        status=status,
+        reason=f"rank {rank} {how}",
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        wall_s=0.0,
+        node=socket.gethostname(),
+        exit_code=exit_code,
+        lost=exit_code in TAKEN_BACK,
+    )
+    spec_data = spec.model_dump(mode="json")
     return Finished(
-        Record(id=spec.id, spec=spec.model_dump(mode="json"), status=status, reason=f"rank {rank} {how}"), (), {}
+        Record(id=spec.id, spec=spec_data, status=status, reason=attempt.reason, attempts=[attempt]), (), {}
     )

@@ -34,6 +34,7 @@ class Attempt(BaseModel):
     wall_s: float = Field(description="from the start of the process to its end")
     node: str
     exit_code: int | None = Field(default=None, description="negative: the signal that ended the process")
+    lost: bool = Field(default=False, description="ended from outside, by no fault of the trial: it is tried again")
 
 
 class Record(BaseModel):

@@ -3,6 +3,8 @@
 study.yaml            the resolved study; can be run again as it is
 plan.json             the ids of the study's trials and the hash of them; of a search, what it asks and those it came to
 trials/<id>.json      one finished trial
+claims/<id>.<n>.json  who is at work on attempt n of a trial that has no record of it yet (see harness.claims)
+stop                  asks whoever runs the trials to stop
 traces/<id>.parquet   its long tables (.json where pyarrow is not installed)
 exports/<id>.*        one step's memory for other people's viewers, where it was asked for (see harness.exports)
 logs/<id>.log         what its process printed
@@ -10,13 +12,15 @@ report.html
 laws.csv              the lines that the report fits, one row a line
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import posixpath
+import re
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,7 +153,7 @@ class RunStore:
     ) -> None:
         """Write a finished trial: trace, log and exports (by name) first, the record last."""
         if log is not None:
-            self._write(f"logs/{record.id}.log", log)
+            self.write_log(record.id, log)
         if trace:
             name, data = _encode_trace(trace)
             self._write(f"traces/{record.id}.{name}", data)
@@ -188,6 +192,43 @@ class RunStore:
         data = self._read(f"logs/{trial_id}.log")
         return None if data is None else data.decode(errors="replace")
 
+    # Claims
+
+    def claim_numbers(self) -> dict[str, list[int]]:
+        """Of each trial that is claimed, the numbers of its attempts, ascending."""
+        found: dict[str, list[int]] = {}
+        for path in self._list("claims"):
+            if match := re.fullmatch(r"([0-9a-f]{12})\.(\d{1,9})\.json", posixpath.basename(path)):
+                found.setdefault(match[1], []).append(int(match[2]))
+        return {trial_id: sorted(numbers) for trial_id, numbers in found.items()}
+
+    def create_claim(self, trial_id: str, number: int, text: str) -> bool:
+        """False where somebody has this attempt."""
+        return self._create(_claim_path(trial_id, number), text.encode())
+
+    def read_claim(self, trial_id: str, number: int) -> bytes | None:
+        return self._read(_claim_path(trial_id, number))
+
+    def write_claim(self, trial_id: str, number: int, text: str) -> None:
+        self._write(_claim_path(trial_id, number), text.encode())
+
+    def remove_claim(self, trial_id: str, number: int) -> None:
+        self._remove(_claim_path(trial_id, number))
+
+    def write_log(self, trial_id: str, log: bytes) -> None:
+        self._write(f"logs/{trial_id}.log", log)
+
+    # A request to stop
+
+    def ask_to_stop(self) -> None:
+        self._write("stop", b"")
+
+    def is_asked_to_stop(self) -> bool:
+        return self._read("stop") is not None
+
+    def clear_stop(self) -> None:
+        self._remove("stop")
+
     def write_report(self, html: str) -> str:
         """Write report.html and return where it lies."""
         self._write(REPORT, html.encode())
@@ -204,8 +245,12 @@ class RunStore:
         return posixpath.join(self.root, name)
 
     def _list(self, folder: str) -> list[str]:
-        path = self._path(folder)
-        return self.fs.ls(path, detail=False) if self.fs.exists(path) else []
+        # Others write here too: what an object store was found to hold a moment ago is of no use.
+        self.fs.invalidate_cache()
+        try:
+            return self.fs.ls(self._path(folder), detail=False)
+        except FileNotFoundError:
+            return []
 
     def _read(self, name: str) -> bytes | None:
         try:
@@ -218,18 +263,47 @@ class RunStore:
         if not isinstance(self.fs, LocalFileSystem):
             self.fs.pipe_file(path, data)  # object stores show a file only once it is whole
             return
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        # A leading dot and no .json ending: a reader never takes it for a record.
-        part = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{uuid.uuid4().hex}")
-        try:
-            with open(part, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+        with _whole_file(path, data) as part:
             os.replace(part, path)
-        finally:
-            if os.path.exists(part):
-                os.unlink(part)
+
+    def _create(self, name: str, data: bytes) -> bool:
+        """Write a file that must not be there yet; False, and nothing is written, where it is. Of two who create the
+        same file one succeeds."""
+        path = self._path(name)
+        try:
+            if not isinstance(self.fs, LocalFileSystem):
+                self.fs.pipe_file(path, data, mode="create")
+                return True
+            with _whole_file(path, data) as part:
+                os.link(part, path)
+        except FileExistsError:
+            return False
+        return True
+
+    def _remove(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self._path(name))
+
+
+@contextlib.contextmanager
+def _whole_file(path: str, data: bytes) -> Iterator[str]:
+    """The data in a file beside `path`, which is gone afterwards."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    # A leading dot and no .json ending: a reader never takes it for a record.
+    part = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{uuid.uuid4().hex}")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield part
+    finally:
+        if os.path.exists(part):
+            os.unlink(part)
+
+
+def _claim_path(trial_id: str, number: int) -> str:
+    return f"claims/{trial_id}.{number}.json"
 
 
 def plan_hash(trial_ids: Iterable[str]) -> str:

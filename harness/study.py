@@ -48,6 +48,7 @@ class StudyResources(_Inert):
     cpus_per_worker: int = Field(default=1, ge=1)
     memory: Memory = Field(default=None, description="bytes; null: no limit")
     timeout_s: float = Field(default=900, gt=0, allow_inf_nan=False)
+    max_attempts: int = Field(default=3, ge=1, description="of a trial whose node or process is lost")
 
 
 class Study(_Inert):

@@ -12,13 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
 from harness.exports import exports_environment
-from harness.ranks import signal_name
+from harness.ranks import TAKEN_BACK, signal_name
 from harness.record import Attempt, Record, Status, TraceRow
 from harness.store import RunStore
 from harness.trials import TrialSpec
@@ -34,17 +34,44 @@ STACKS_S = 1.0
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "33554432"}
 
 
+# From one look at a running trial to the next.
+WATCH_S = 0.5
+
+
 class Supervised(NamedTuple):
+    """What came of a trial; `log` is None where there was no process to print anything."""
+
     record: Record
     trace: list[TraceRow]
-    log: bytes
+    log: bytes | None
     exports: dict[str, bytes]
 
 
-def supervise(spec: TrialSpec, timeout_s: float, exports: Collection[str] = ()) -> Supervised:
+class Verdict(NamedTuple):
+    """Why a trial is ended from outside."""
+
+    status: Status
+    reason: str
+    lost: bool
+
+
+# Called about every WATCH_S seconds with the file that the trial prints to.
+Watcher = Callable[[Path], Verdict | None]
+
+
+def supervise(
+    spec: TrialSpec,
+    timeout_s: float,
+    exports: Collection[str] = (),
+    *,
+    environment: Mapping[str, str] | None = None,
+    watch: Watcher = lambda log: None,
+) -> Supervised:
     """Start the trial, wait for it at most `timeout_s` seconds, and say what came of it.
 
-    exports  names of what it is to leave beside its record
+    exports      names of what it is to leave beside its record
+    environment  of its process, besides what each trial's has
+    watch        may end it early
 
     Whatever ends this call early (KeyboardInterrupt, say) ends the trial's processes too.
     """
@@ -52,32 +79,44 @@ def supervise(spec: TrialSpec, timeout_s: float, exports: Collection[str] = ()) 
         spec_path, out, log_path = Path(scratch, "spec.json"), Path(scratch, "run"), Path(scratch, "log")
         spec_path.write_text(spec.canonical_json())
         started_at, start = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
+        kills_before = _memory_kills()
         with log_path.open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "harness.worker", str(spec_path), str(out)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=_environment(spec) | exports_environment(exports),
+                env=_environment(spec) | exports_environment(exports) | dict(environment or {}),
                 start_new_session=True,
             )
+            verdict: Verdict | None = None
             exit_code: int | None = None
             try:
-                exit_code = process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                pass
+                while exit_code is None and verdict is None:
+                    left_s = timeout_s - (time.perf_counter() - start)
+                    try:
+                        exit_code = process.wait(max(0.0, min(WATCH_S, left_s)))
+                    except subprocess.TimeoutExpired:
+                        verdict = _timed_out(timeout_s) if left_s <= WATCH_S else watch(log_path)
             finally:
                 if exit_code is None:
                     _end(process)
-        tail = _tail(log_path)
+        tail = tail_of(log_path)
         store = RunStore(out)
         trace: list[TraceRow] = []
         if spec.id in store.finished_ids():
             record = store.read_record(spec.id)
             trace = store.read_trace_rows(spec.id)
+            lost = bool(record.attempts) and record.attempts[-1].lost
         else:
-            status, reason = _without_record(exit_code, timeout_s, tail)
-            record = Record(id=spec.id, spec=spec.model_dump(mode="json"), status=status, reason=reason)
+            if verdict is None:
+                assert exit_code is not None
+                verdict = _without_record(exit_code, tail)
+            record = Record(id=spec.id, spec=spec.model_dump(mode="json"), status=verdict.status, reason=verdict.reason)
+            lost = verdict.lost
+        if lost and _memory_kills() > kills_before:
+            lost, reason = False, f"{record.reason}: the system ran out of memory (its count of such kills rose)"
+            record = record.model_copy(update={"status": "oom", "reason": reason})
         attempt = Attempt(
             status=record.status,
             reason=record.reason,
@@ -85,6 +124,7 @@ def supervise(spec: TrialSpec, timeout_s: float, exports: Collection[str] = ()) 
             wall_s=round(time.perf_counter() - start, 3),
             node=socket.gethostname(),
             exit_code=exit_code,
+            lost=lost,
         )
         return Supervised(record.model_copy(update={"attempts": [attempt]}), trace, tail, store.read_exports(spec.id))
 
@@ -115,18 +155,29 @@ def _environment(spec: TrialSpec) -> dict[str, str]:
     }
 
 
-def _without_record(exit_code: int | None, timeout_s: float, log: bytes) -> tuple[Status, str]:
-    if exit_code is None:
-        return "timeout", f"still running after {timeout_s:g} s, the study's resources.timeout_s"
+def _timed_out(timeout_s: float) -> Verdict:
+    return Verdict("timeout", f"still running after {timeout_s:g} s, the study's resources.timeout_s", lost=False)
+
+
+def _without_record(exit_code: int, log: bytes) -> Verdict:
     if exit_code < 0:
         name = signal_name(exit_code)
         hint = " (by a person, a scheduler, or the system when it ran out of memory)" if name == "SIGKILL" else ""
-        return "crashed", f"the process was ended by {name}{hint}"
+        return Verdict("crashed", f"the process was ended by {name}{hint}", lost=exit_code in TAKEN_BACK)
     lines = log.decode(errors="replace").strip().splitlines()
-    return "failed", f"exit code {exit_code}: {lines[-1] if lines else 'no output'}"
+    return Verdict("failed", f"exit code {exit_code}: {lines[-1] if lines else 'no output'}", lost=False)
 
 
-def _tail(path: Path) -> bytes:
+def _memory_kills() -> int:
+    """How often the system ended a process of this one's control group for want of memory; 0 where it does not say."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        group = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+        events = Path("/sys/fs/cgroup", group[3:].lstrip("/"), "memory.events").read_text()
+        return int(next(line for line in events.splitlines() if line.startswith("oom_kill ")).split()[1])
+    return 0
+
+
+def tail_of(path: Path) -> bytes:
     """The end of the log, which holds the cause; a trial that prints without end must not fill the store."""
     size = path.stat().st_size
     with path.open("rb") as log:

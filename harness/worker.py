@@ -30,8 +30,8 @@ from harness.trials import TrialSpec
 
 # Set by whoever supervises this process: the pid of that process, without which the trial has no purpose.
 PARENT_PID = "REVNET_PARENT_PID"
-# Set by `harness.ranks`: where a rank leaves its record instead of the run directory.
-RANK_OUT = "REVNET_RANK_OUT"
+# Set where each rank has an OUT_DIR of its own, and leaves its record there.
+RANK_WRITES = "REVNET_RANK_WRITES"
 
 
 class Finished(NamedTuple):
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
     try:
         asked_exports()
         spec = read_spec(Path(arguments[0]))
-        store = RunStore(os.environ.get(RANK_OUT, arguments[1]))
+        store = RunStore(arguments[1])
         if spec.workers > 1 and "RANK" not in os.environ:
             from harness.ranks import run_ranks
 
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
     except HarnessError as error:
         print(error, file=sys.stderr)
         return 2
-    if RANK_OUT in os.environ or os.environ.get("RANK", "0") == "0":
+    if RANK_WRITES in os.environ or os.environ.get("RANK", "0") == "0":
         store.write_trial(record, trace, exports=exports)
     if record.status != "ok":
         print(f"{record.status}: {record.reason}", file=sys.stderr)

@@ -85,7 +85,7 @@ def test_what_cannot_be_placed_is_refused_before_it_starts(revnet: Command, tmp_
     (tmp_path / "study.yaml").write_text(STUDY + "resources: {cpus_per_worker: 4096}\n")
     done = revnet("run", "study.yaml", "--out", "run")
     assert done.returncode == 2
-    assert "needs 4096 CPU on one node" in done.stderr
+    assert "needs 4096 CPU for each of its 1 ranks; the nodes have: " in done.stderr
     assert not (tmp_path / "run" / "trials").exists()
 
 

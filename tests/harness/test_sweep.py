@@ -29,7 +29,7 @@ when:
   - if: {model: "faulty_models:fine"}
     grid: {compute: [fp32, fp16, bf16]}
 fixed: {activations: stored, measured_steps: 1, warmup_steps: 0, batch_size: 4, depth: null}
-resources: {timeout_s: 30, memory: 1GiB}
+resources: {timeout_s: 30, memory: 1GiB, max_attempts: 2}
 """
 
 SWEEP = """\
@@ -75,7 +75,8 @@ def test_each_fault_is_a_record_with_a_reason_and_a_log(
     assert record.status == status
     assert (record.reason or "").startswith(reason or "")
     assert (record.reason is None) == (reason is None)
-    assert [attempt.status for attempt in record.attempts] == [status]
+    # What was ended from outside is tried again, up to max_attempts times.
+    assert [attempt.status for attempt in record.attempts] == [status] * (2 if model == "killed" else 1)
     assert store.read_log(record.id) is not None
     assert ("activation_peak_bytes" in record.metrics) == (status == "ok")
 
@@ -168,7 +169,12 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_stopped(revnet: Command, tmp_p
     assert f"{TRIALS - len(kept)} run now; {TRIALS} of {TRIALS} trials done: ok {TRIALS}" in resumed.stdout
     now = contents(store)
     assert {name: now[name] for name in kept} == kept
-    assert [len(json.loads(data)["attempts"]) for data in now.values()] == [1] * TRIALS
+    attempts = [json.loads(data)["attempts"] for data in now.values()]
+    assert [[one["status"] for one in each if not one["lost"]] for each in attempts] == [["ok"]] * TRIALS
+    # Those that ran when the first driver was killed; of an interrupted one no attempt is left.
+    lost = [one for each in attempts for one in each if one["lost"]]
+    assert 0 < len(lost) <= 2
+    assert all("supervising process was lost" in one["reason"] for one in lost)
 
     again = revnet("run", "sweep.yaml", "--out", "run")
     assert again.returncode == 0

@@ -1,0 +1,97 @@
+"""A sweep: places for the trials that are left, tasks in them, and what comes of those."""
+
+import time
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
+
+import ray
+from ray.exceptions import RayError, TaskCancelledError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from harness.attempts import Job
+from harness.jobs import Jobs, Outcome
+from harness.schedule.placement import Place, place_of
+from harness.schedule.tasks import Order, submit
+from harness.store import RunStore
+from harness.trials import TrialSpec
+
+# Placement groups that wait for room; enough that no core idles, few enough that a sweep of thousands starts at once.
+WAITING_GROUPS = 4
+TICK_S = 0.5
+STOP_S = 15.0
+
+
+class Tick(NamedTuple):
+    """Where the sweep stands: trials that run at the moment, those that others have, and those that were finished
+    since the last tick."""
+
+    running: int
+    elsewhere: int
+    finished: list[Outcome]
+
+
+def run_trials(
+    trials: Sequence[TrialSpec], store: RunStore, timeout_s: float, max_attempts: int, exports: Collection[str] = ()
+) -> Iterator[Tick]:
+    """Run the trials, as many at a time as there is room for; yields about twice a second.
+
+    Every trial has its record in `store` when its outcome is yielded, also when another driver ran it. Closing the
+    iterator early ends the trials that run, which leave no record. Raises ResourceError, before anything starts, for a
+    trial that fits no node; KeyboardInterrupt when the store asks to stop.
+
+    max_attempts  of a trial whose node or process is lost
+    exports       names of what each trial is to leave beside its record
+    """
+    places = {trial.id: place_of(trial) for trial in trials}
+    jobs = Jobs(trials, store, max_attempts)
+    order = Order(store.absolute_uri, timeout_s, tuple(sorted(exports)))
+    waiting: dict[PlacementGroup, tuple[Job, Place]] = {}
+    running: dict[ray.ObjectRef, tuple[Job, Place, PlacementGroup]] = {}
+
+    def start(job: Job, place: Place, group: PlacementGroup) -> None:
+        running[submit(job, group, order)] = job, place, group
+
+    try:
+        while waiting or running or not jobs.is_over:
+            finished = jobs.look()
+            while len(waiting) < WAITING_GROUPS and (job := jobs.take()):
+                place = places[job.trial.id]
+                waiting[place.reserve()] = job, place
+            for group in [group for group in waiting if group.wait(timeout_seconds=0 if running else TICK_S)]:
+                start(*waiting.pop(group), group)
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=TICK_S) if running else ([], [])
+            for task in ready:
+                job, place, group = running.pop(task)
+                try:
+                    finished += jobs.ended(job, ray.get(task))
+                    is_whole = True
+                except TaskCancelledError:
+                    raise KeyboardInterrupt from None
+                except RayError as error:
+                    # The supervisor was lost: with its node, or ended by the system or by Ray's memory monitor.
+                    finished += jobs.lost(job, f"the supervising task was lost: {_in_a_line(error)}")
+                    is_whole = False
+                # Handed on, since Ray takes seconds to give a freed place to a group that waits for one.
+                heir = next((other for other, (_, wanted) in waiting.items() if wanted == place), None)
+                if is_whole and heir is not None:
+                    start(*waiting.pop(heir), group)
+                    remove_placement_group(heir)
+                else:
+                    remove_placement_group(group)
+            if not (running or waiting):
+                time.sleep(TICK_S)
+            if store.is_asked_to_stop():
+                raise KeyboardInterrupt
+            yield Tick(len(running), jobs.elsewhere, finished)
+    finally:
+        for task in running:
+            ray.cancel(task)
+        if running:
+            ray.wait(list(running), num_returns=len(running), timeout=STOP_S)
+        for group in [*waiting, *(group for _, _, group in running.values())]:
+            remove_placement_group(group)
+
+
+def _in_a_line(error: RayError) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
