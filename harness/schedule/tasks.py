@@ -61,9 +61,9 @@ def _lead(spec: TrialSpec, order: Order, group: PlacementGroup, watch: Watcher) 
 
         own = {**environment, **_as_rank(0, address)}
         done = supervise(spec, order.timeout_s, order.exports, environment=own, watch=watch_all)
-        fault = None if done.record.status == "ok" else others.last_words()
+        fault = others.last_words()
     last = done.record.attempts[-1]
-    if fault is not None and last.status != "timeout":
+    if fault is not None and last.status not in ("ok", "timeout"):
         # What it ran into when the other ended is not the reason.
         record = done.record.model_copy(update={"status": fault.status, "reason": fault.reason})
         last = last.model_copy(update={"status": fault.status, "reason": fault.reason, "lost": fault.lost})

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C import _len_torch_dispatch_stack
 
@@ -39,6 +40,16 @@ def killed(*, num_classes: int, **options: Any) -> nn.Module:
 
 def hangs(*, num_classes: int, **options: Any) -> nn.Module:
     return Linear(num_classes, lambda: threading.Event().wait())
+
+
+def hangs_on_rank_1(*, num_classes: int, **options: Any) -> nn.Module:
+    """In training, so that the others wait for it in their next collective."""
+
+    def hang() -> None:
+        if dist.is_initialized() and dist.get_rank() == 1:
+            threading.Event().wait()
+
+    return Linear(num_classes, hang)
 
 
 def hungry(*, num_classes: int, **options: Any) -> nn.Module:

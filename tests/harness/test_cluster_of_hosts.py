@@ -1,0 +1,147 @@
+"""A sweep over a real cluster of hosts, while hosts, processes and drivers are lost: every trial ends with one record.
+
+REVNET_SWEEP_TRIALS says how many trials; 14 if not set, which is what the faults need to hit some.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness.record import Record
+from harness.store import RunStore
+from tests.harness.hosts import Process, needs_hosts
+from tests.harness.ray_hosts import Hosts, ray_hosts
+
+pytestmark = [needs_hosts, pytest.mark.timeout(1500)]
+TRIALS = int(os.environ.get("REVNET_SWEEP_TRIALS", "14"))
+STEP_S = 600.0
+STUDY = """\
+name: faults
+question: What becomes of trials whose hosts and drivers go away?
+zip:
+  - model: ["faulty_models:hangs_on_rank_1", "faulty_models:fine"{singles}]
+    workers: [2, 2{ones}]
+    batch_size: [16, 8{fours}]
+    seed: [0, 0{seeds}]
+fixed:
+  depth: null
+  activations: stored
+  warmup_steps: 0
+  measured_steps: 1
+  audit_batch_size: 0
+resources: {{timeout_s: 40, max_attempts: 4}}
+"""
+
+
+def study() -> str:
+    """Two trials of two ranks each, which come first since they are larger, and the others."""
+    count = TRIALS - 2
+    return STUDY.format(
+        singles=', "faulty_models:fine"' * count,
+        ones=", 1" * count,
+        fours=", 4" * count,
+        seeds="".join(f", {seed}" for seed in range(count)),
+    )
+
+
+def await_that(condition: Callable[[], object], process: Process | None = None) -> None:
+    deadline = time.monotonic() + STEP_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to it"
+        assert process is None or process.poll() is None, "the driver ended"
+        time.sleep(0.05)
+
+
+def single_workers_on(hosts: Hosts, *names: str) -> list[psutil.Process]:
+    """Processes on these hosts of trials of one rank."""
+    found = []
+    for process in (process for name in names for process in hosts[name].processes()):
+        try:
+            if "harness.worker" in process.cmdline() and "RANK" not in process.environ():
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    with ray_hosts(workers=3, cpus=1) as hosts:
+        for name in hosts.names:
+            # So that a lost attempt is seen in 8 s.
+            hosts[name].environment["REVNET_BEAT_S"] = "2"
+        yield hosts
+
+
+def test_namespaced_hosts_drivers_and_processes_are_lost_and_no_trial_is(hosts: Hosts, tmp_path: Path) -> None:
+    (tmp_path / "faults.yaml").write_text(study())
+    store = RunStore(tmp_path / "run")
+    command = [sys.executable, "-m", "harness.cli", "run", "faults.yaml", "--out", "run", "--address", hosts.address]
+
+    def drive() -> Process:
+        with (tmp_path / "driver.log").open("a") as log:
+            return hosts["head"].run(command, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT)
+
+    def finished(more: int) -> Callable[[], bool]:
+        enough = len(store.finished_ids()) + more
+        return lambda: len(store.finished_ids()) >= enough
+
+    driver = drive()
+    await_that(finished(2), driver)
+    # One trial's process is killed, by nobody knows whom.
+    await_that(lambda: single_workers_on(hosts, "head", "w3"), driver)
+    single_workers_on(hosts, "head", "w3")[0].send_signal(signal.SIGKILL)
+    # A host is cut off in the middle of a trial.
+    await_that(lambda: single_workers_on(hosts, "w1"), driver)
+    hosts["w1"].cut()
+    await_that(finished(2), driver)
+    driver.kill()
+    driver.wait()
+    driver = drive()
+    await_that(finished(2), driver)
+    # A raylet dies, and the trial that it has with it.
+    await_that(lambda: single_workers_on(hosts, "w2"), driver)
+    hosts["w2"].kill_raylet()
+    await_that(finished(2), driver)
+    driver.kill()
+    driver.wait()
+    driver = drive()
+    assert driver.wait(STEP_S) == 1, (tmp_path / "driver.log").read_text()
+
+    records = store.read_records()
+    log = (tmp_path / "driver.log").read_text()
+    assert len(records) == TRIALS, log
+    assert f"{TRIALS} of {TRIALS} trials done" in log
+    assert store.claim_numbers() == {}
+    by_model = {record.spec["model"]: record for record in records if record.spec["workers"] == 2}
+    slept = by_model["faulty_models:hangs_on_rank_1"]
+    assert slept.status == "timeout", slept.reason
+    stacks = store.read_log(slept.id) or ""
+    of_rank_0, of_rank_1 = stacks.split("--- rank 1 on ")
+    assert "in hang" in of_rank_1
+    assert "most recent call first" in of_rank_0
+    assert "torch/distributed" in of_rank_0
+    others = [record for record in records if record is not slept]
+    assert [(record.status, record.reason) for record in others] == [("ok", None)] * (TRIALS - 1)
+    assert all(spread_over_two(record) for record in by_model.values())
+    for record in others:
+        ended = [attempt for attempt in record.attempts if not attempt.lost]
+        assert [attempt.status for attempt in ended] == ["ok"]
+    singles = [record for record in others if record.spec["workers"] == 1]
+    # None is another's: the same bytes in all, and each seed's own loss.
+    assert len({record.metrics["activation_saved_bytes"] for record in singles}) == 1
+    assert len({record.metrics["loss_last"] for record in singles}) == len(singles)
+    lost = [attempt for record in records for attempt in record.attempts if attempt.lost]
+    assert any("SIGKILL" in (attempt.reason or "") for attempt in lost), lost
+    assert any("was lost" in (attempt.reason or "") for attempt in lost), lost
+
+
+def spread_over_two(record: Record) -> bool:
+    return len(set(record.attempts[-1].node.split(", "))) == 2
