@@ -133,6 +133,7 @@ def run(
         )
     loaded, trials = _load(study)
     store = RunStore(out or _default_out(loaded))
+    store.refuse_private()
     store.open_for(loaded.resolved(), [trial.id for trial in trials])
     selected = select_trials(trials, store, only=only, retry=retry, limit=limit)
     interrupted = _run_selected(selected, len(trials), store, loaded.resources, address, exports)
@@ -159,6 +160,38 @@ def run(
 def report(run: RunArgument) -> None:
     """Write report.html of a run, finished or not."""
     typer.echo(_write_report(_open_run(run)))
+
+
+@app.command()
+def status(run: RunArgument) -> None:
+    """How many trials of a run stand how, and which are at work where; from its directory alone."""
+    from harness.status import describe
+
+    for line in describe(_open_run(run)):
+        typer.echo(line)
+
+
+@app.command()
+def logs(
+    run: RunArgument, trial: Annotated[str, typer.Argument(help="A trial's id, or its beginning.", metavar="ID")]
+) -> None:
+    """Print what a trial has printed, of one that is at work as of some seconds ago."""
+    from harness.status import trial_with
+
+    store = _open_run(run)
+    trial_id = trial_with(store, trial)
+    log = store.read_log(trial_id)
+    if log is None:
+        raise HarnessError(f"{trial_id}: has no log yet. `revnet status {run}` says where it stands.")
+    typer.echo(log, nl=False)
+
+
+@app.command()
+def stop(run: RunArgument) -> None:
+    """Ask whoever runs the trials to stop: those at work are given back, what is finished is kept."""
+    store = _open_run(run)
+    store.ask_to_stop()
+    typer.echo(f"asked; drivers see it within seconds. Go on with the `revnet run` that began it; {store.uri} is kept.")
 
 
 @app.command()

@@ -56,6 +56,14 @@ class RunStore:
         """The same directory for a process that runs elsewhere on this file system."""
         return self.fs.unstrip_protocol(self.root)
 
+    def refuse_private(self) -> None:
+        """Raises StoreError for a place that only this process sees, where no trial could leave its record."""
+        if "memory" in (self.fs.protocol, *self.fs.protocol):
+            raise StoreError(
+                f"{self.uri}: lies in the memory of this process, and each trial has a process of its own. Give a "
+                "path, or a URI that all nodes can reach, with --out."
+            )
+
     # What the run is about
 
     def open_for(self, study: dict[str, Any], trial_ids: Sequence[str], *, search: str | None = None) -> None:

@@ -89,27 +89,27 @@ def test_namespaced_hosts_drivers_and_processes_are_lost_and_no_trial_is(hosts: 
         with (tmp_path / "driver.log").open("a") as log:
             return hosts["head"].run(command, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT)
 
-    def finished(more: int) -> Callable[[], bool]:
-        enough = len(store.finished_ids()) + more
+    def some_more() -> Callable[[], bool]:
+        enough = len(store.finished_ids()) + max(2, TRIALS // 8)
         return lambda: len(store.finished_ids()) >= enough
 
     driver = drive()
-    await_that(finished(2), driver)
+    await_that(some_more(), driver)
     # One trial's process is killed, by nobody knows whom.
     await_that(lambda: single_workers_on(hosts, "head", "w3"), driver)
     single_workers_on(hosts, "head", "w3")[0].send_signal(signal.SIGKILL)
     # A host is cut off in the middle of a trial.
     await_that(lambda: single_workers_on(hosts, "w1"), driver)
     hosts["w1"].cut()
-    await_that(finished(2), driver)
+    await_that(some_more(), driver)
     driver.kill()
     driver.wait()
     driver = drive()
-    await_that(finished(2), driver)
+    await_that(some_more(), driver)
     # A raylet dies, and the trial that it has with it.
     await_that(lambda: single_workers_on(hosts, "w2"), driver)
     hosts["w2"].kill_raylet()
-    await_that(finished(2), driver)
+    await_that(some_more(), driver)
     driver.kill()
     driver.wait()
     driver = drive()
