@@ -66,16 +66,15 @@ def train(spec: TrialSpec, scratch: Path, result: Result) -> None:
     _record_prediction(spec, device, result)
     limit_memory(device, spec.resources.memory_bytes)
     join_ranks(device, scratch)
-    try:
-        _train_under_engine(spec, device, result)
-        # The limit is of a training step, and an audit needs more: it stores, in float64 too.
-        limit_memory(device, None)
-        metrics, rows, unmeasured = follow_drift(spec, device)
-        result.metrics |= metrics
-        result.unmeasured |= unmeasured
-        result.trace += rows
-    finally:
-        leave_ranks()
+    _train_under_engine(spec, device, result)
+    # The limit is of a training step, and an audit needs more: it stores, in float64 too.
+    limit_memory(device, None)
+    metrics, rows, unmeasured = follow_drift(spec, device)
+    result.metrics |= metrics
+    result.unmeasured |= unmeasured
+    result.trace += rows
+    # Not after an error: ranks that wait for this one would fail for want of it, and might leave their records first.
+    leave_ranks()
     gc.collect()
     if spec.audit_batch_size == 0:
         result.unmeasured |= dict.fromkeys((*DRIFT_METRICS, *CAUSE_METRICS), "the study's audit_batch_size is 0")
