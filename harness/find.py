@@ -14,7 +14,7 @@ import torch
 
 from harness.errors import HarnessError
 from harness.predict import Device, device_of, predict
-from harness.trials import AXES, TrialSpec
+from harness.trials import AXES, TrialSpec, no_guard
 from revnet_core import UnsupportedError
 from revnet_core.networks import FAMILIES
 
@@ -22,7 +22,7 @@ Axis = Literal["depth", "batch_size"]
 
 AT_MOST: dict[Axis, int] = {"depth": 100_000, "batch_size": 65_536}
 # A trial that finds out whether a step fits does nothing else.
-CONFIRMING = {"warmup_steps": 0, "measured_steps": 1, "audit_batch_size": 0}
+CONFIRMING = {"warmup_steps": 0, "measured_steps": 1, "audit_batch_size": 0} | no_guard()
 # After a trial that ran out of memory: how often less is tried, and what share of the memory is left each time.
 STEPS_DOWN = 4
 STEP_DOWN = Fraction(95, 100)

@@ -1,6 +1,5 @@
 """Drift over training: a run of the trial's own beside one with stored activations, audited on the way."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -8,11 +7,12 @@ from torch import Tensor, nn
 
 from harness.data import CHANNELS, load_data
 from harness.engine import TrainingEngine
-from harness.measure.drift import Metrics
+from harness.guarded import TrialGuard
+from harness.measure.drift import Metrics, largest
 from harness.models import create, loss_of
 from harness.record import TraceRow
 from harness.trials import TrialSpec
-from revnet_core import audit_gradients, audit_model_inverse
+from revnet_core import DriftReport, audit_gradients, audit_model_inverse
 
 FOLLOWED_METRICS = (
     *("followed_drift_max_rel", "followed_gradient_angle_max_deg", "followed_parted_step"),
@@ -24,7 +24,9 @@ PARTED = 0.01
 Batch = tuple[Tensor, Tensor]
 
 
-def follow_drift(spec: TrialSpec, device: torch.device) -> tuple[Metrics, list[TraceRow], dict[str, str]]:
+def follow_drift(
+    spec: TrialSpec, device: torch.device, guard: TrialGuard
+) -> tuple[Metrics, list[TraceRow], dict[str, str]]:
     """Train `drift_steps` steps from the initial weights, twice: as the trial does, and with stored activations.
 
     Both see the same batches in the same order. At `drift_audits` steps, before the first and after the last among
@@ -32,7 +34,8 @@ def follow_drift(spec: TrialSpec, device: torch.device) -> tuple[Metrics, list[T
     the test split, where it has other images than the trained one; `random`, independent normal pixels and labels.
     An inverse can be good on one and not on another (Behrmann et al. 2021, arXiv:2006.09347).
 
-    Returns metrics, the table `followed`, and why a metric is missing. Needs one rank.
+    Returns metrics, the table `followed`, and why a metric is missing. Needs one rank. Raises DriftError where the
+    guard stops the trial's own training.
     """
     if reason := _why_not(spec):
         return {}, [], dict.fromkeys((*FOLLOWED_METRICS, HELD_OUT_METRIC), reason)
@@ -42,19 +45,20 @@ def follow_drift(spec: TrialSpec, device: torch.device) -> tuple[Metrics, list[T
     rows: list[TraceRow] = []
     try:
         batches = _load(spec, "train", spec.batch_size, spec.drift_steps, seed=spec.seed)
-        for step in range(spec.drift_steps + 1):
-            if step in audited:
-                rows += _audit(own.weights(), data, step)
-            if step < spec.drift_steps:
-                x, labels = (tensor.to(device) for tensor in batches[step])
-                rows.append(TraceRow("followed", step, "loss", own.train(x, labels)))
-                rows.append(TraceRow("followed", step, "stored_loss", stored.train(x, labels)))
+        with guard.over(own.model, rows, _compared_row):
+            for step in range(spec.drift_steps + 1):
+                if step in audited:
+                    rows += _audit(own.weights(), data, step)
+                if step < spec.drift_steps:
+                    x, labels = (tensor.to(device) for tensor in batches[step])
+                    rows.append(TraceRow("followed", step, "loss", own.train(x, labels)))
+                    rows.append(TraceRow("followed", step, "stored_loss", stored.train(x, labels)))
     finally:
         own.close()
         stored.close()
     metrics, unmeasured = _summary(rows, spec.drift_steps)
     if held_out := [row.value for row in rows if row.name == "held_out gradient_angle_deg"]:
-        metrics[HELD_OUT_METRIC] = _largest(held_out)
+        metrics[HELD_OUT_METRIC] = largest(held_out)
     else:
         unmeasured[HELD_OUT_METRIC] = "the shipped sample has no images apart; give data.path"
     return metrics, rows, unmeasured
@@ -85,10 +89,14 @@ class _Run:
         self._engine.step()
         return loss.item()
 
+    @property
+    def model(self) -> nn.Module:
+        return self._engine.model
+
     def weights(self) -> nn.Module:
         """A copy of the model as it is, without what DeepSpeed hung on it."""
         model = create(self._spec).to(self._device)
-        model.load_state_dict(self._engine.model.state_dict())
+        model.load_state_dict(self.model.state_dict())
         return model
 
     def close(self) -> None:
@@ -101,6 +109,10 @@ def _why_not(spec: TrialSpec) -> str | None:
     if spec.workers > 1 or spec.zero_stage == 3:
         return "drift over training is followed on one rank that has all parameters, and this trial divides them"
     return "the study's audit_batch_size is 0" if spec.audit_batch_size == 0 else None
+
+
+def _compared_row(report: DriftReport) -> TraceRow:
+    return TraceRow("followed", report.step - 1, f"guard {report.where}", report.rel)
 
 
 def has_held_out(spec: TrialSpec) -> bool:
@@ -163,9 +175,9 @@ def _summary(rows: list[TraceRow], steps: int) -> tuple[Metrics, dict[str, str]]
     own, stored = ([row.value for row in rows if row.name == name] for name in ("loss", "stored_loss"))
     metrics: Metrics = {"followed_loss_last": own[-1], "followed_stored_loss_last": stored[-1]}
     unmeasured: dict[str, str] = {}
-    metrics["followed_gradient_angle_max_deg"] = _largest(values(" gradient_angle_deg"))
+    metrics["followed_gradient_angle_max_deg"] = largest(values(" gradient_angle_deg"))
     if drifts := values(" drift_max_rel"):
-        metrics["followed_drift_max_rel"] = _largest(drifts)
+        metrics["followed_drift_max_rel"] = largest(drifts)
     else:
         unmeasured["followed_drift_max_rel"] = "the model has no reversible block"
     parted = [step for step, (a, b) in enumerate(zip(own, stored, strict=True)) if not abs(a - b) <= PARTED * abs(b)]
@@ -174,8 +186,3 @@ def _summary(rows: list[TraceRow], steps: int) -> tuple[Metrics, dict[str, str]]
     else:
         unmeasured["followed_parted_step"] = f"in {steps} steps the losses never differed by more than {PARTED:.0%}"
     return metrics, unmeasured
-
-
-def _largest(values: list[float]) -> float:
-    """NaN where one is; `max` would pass it over."""
-    return math.nan if any(map(math.isnan, values)) else max(values)

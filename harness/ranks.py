@@ -10,7 +10,7 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
-from harness.record import Attempt, Record
+from harness.record import RESULT_STATUSES, Attempt, Record
 from harness.store import RunStore
 from harness.trials import TrialSpec
 from harness.worker import PARENT_PID, RANK_WRITES, Finished
@@ -24,7 +24,8 @@ LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
 def run_ranks(spec: TrialSpec) -> Finished:
-    """Run all ranks and return rank 0's record, or that of the first rank that came to no good end."""
+    """Run all ranks and return rank 0's record, or that of the first rank that came to no good end; of one with a
+    result (oom, diverged, unsupported) before those that failed, since they may have done so for want of it."""
     with tempfile.TemporaryDirectory() as scratch, selectors.DefaultSelector() as ended:
         spec_path = Path(scratch, "spec.json")
         spec_path.write_text(spec.canonical_json())
@@ -39,7 +40,7 @@ def run_ranks(spec: TrialSpec) -> Finished:
                 finished = _finished(spec, key.data, ranks[key.data].wait(), Path(scratch))
                 if finished.record.status != "ok":
                     # The others would wait for it in their next collective.
-                    return finished
+                    return _with_result(spec, Path(scratch)) or finished
             return _finished(spec, 0, 0, Path(scratch))
         finally:
             for process in ranks:
@@ -70,6 +71,15 @@ def _start(rank: int, spec: TrialSpec, spec_path: Path, scratch: Path) -> subpro
         }
     )
     return subprocess.Popen([sys.executable, "-m", "harness.worker", str(spec_path), str(out)], env=environment)
+
+
+def _with_result(spec: TrialSpec, scratch: Path) -> Finished | None:
+    for rank in range(spec.workers):
+        if spec.id in RunStore(scratch / f"rank{rank}").finished_ids():
+            finished = _finished(spec, rank, 0, scratch)
+            if finished.record.status in RESULT_STATUSES - {"ok"}:
+                return finished
+    return None
 
 
 def _finished(spec: TrialSpec, rank: int, exit_code: int, scratch: Path) -> Finished:

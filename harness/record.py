@@ -106,9 +106,11 @@ class TraceRow(NamedTuple):
                              noise_gain,
                              predicted_rel, bound_rel
                              chain                      which chain of blocks, rebuilt from one stored output, from 0
+    guard   step, from 1     block's name               relative error of its rebuilt input; warm-up steps count
     followed  steps trained  loss, stored_loss          of the next step, and of that of the stored twin
                              "kind metric",             of an audit, on that kind of data
                              "kind rel block"
+                             "guard block's name"       of the next step, as in `guard`
     """
 
     table: str

@@ -17,6 +17,7 @@ from harness.errors import PredictionError
 from harness.exports import asked_exports
 from harness.followed import follow_drift
 from harness.footprint import Step, attribute_footprint, measure_footprint
+from harness.guarded import TrialGuard
 from harness.measure.causes import CAUSE_METRICS, measure_causes
 from harness.measure.drift import DRIFT_METRICS, measure_drift
 from harness.measure.flops import measure_flops, utilization
@@ -50,8 +51,8 @@ class Result:
 def train(spec: TrialSpec, scratch: Path, result: Result) -> None:
     """Fill `result`; `scratch` is an empty directory of this rank's own.
 
-    Raises what the trial raises, DivergedError for a loss that is not finite, UnsupportedError for what the model
-    or the device does not have, and HarnessError for input that cannot be used.
+    Raises what the trial raises, DivergedError for a loss that is not finite, DriftError where its guard stops it,
+    UnsupportedError for what the model or the device does not have, and HarnessError for input that cannot be used.
     """
     result.device = device = pick_device(spec.resources.gpus_per_worker)
     if device.type == "cpu":
@@ -66,16 +67,21 @@ def train(spec: TrialSpec, scratch: Path, result: Result) -> None:
     _record_prediction(spec, device, result)
     limit_memory(device, spec.resources.memory_bytes)
     join_ranks(device, scratch)
+    guard = TrialGuard(spec)
     try:
-        _train_under_engine(spec, device, result)
+        _train_under_engine(spec, device, guard, result)
         # The limit is of a training step, and an audit needs more: it stores, in float64 too.
         limit_memory(device, None)
-        metrics, rows, unmeasured = follow_drift(spec, device)
+        metrics, rows, unmeasured = follow_drift(spec, device, guard)
         result.metrics |= metrics
         result.unmeasured |= unmeasured
         result.trace += rows
     finally:
-        leave_ranks()
+        metrics, unmeasured = guard.metrics()
+        result.metrics |= metrics
+        result.unmeasured |= unmeasured
+    # Not after an error: ranks that wait for this one would fail for want of it, and might leave their records first.
+    leave_ranks()
     gc.collect()
     if spec.audit_batch_size == 0:
         result.unmeasured |= dict.fromkeys((*DRIFT_METRICS, *CAUSE_METRICS), "the study's audit_batch_size is 0")
@@ -104,7 +110,7 @@ def _record_prediction(spec: TrialSpec, device: torch.device, result: Result) ->
         result.metrics |= prediction.metrics()
 
 
-def _train_under_engine(spec: TrialSpec, device: torch.device, result: Result) -> None:
+def _train_under_engine(spec: TrialSpec, device: torch.device, guard: TrialGuard, result: Result) -> None:
     model = create(spec).to(device)
     for name in ("blocks", "reversible_blocks"):
         result.metrics[name] = getattr(model, name, None)
@@ -122,18 +128,19 @@ def _train_under_engine(spec: TrialSpec, device: torch.device, result: Result) -
         batches = _batches(spec, spec.warmup_steps + spec.measured_steps + 1)
         losses: list[Tensor] = []
         step_s: list[float] = []
-        for index, batch in enumerate(batches[:-1]):
-            x, labels = (tensor.to(device) for tensor in batch)
+        with guard.over(model, result.trace):
+            for index, batch in enumerate(batches[:-1]):
+                x, labels = (tensor.to(device) for tensor in batch)
 
-            def step(x: Tensor = x, labels: Tensor = labels) -> None:
-                loss = loss_of(engine.forward(x), labels)
-                engine.backward(loss)
-                engine.step()
-                losses.append(loss.detach())
+                def step(x: Tensor = x, labels: Tensor = labels) -> None:
+                    loss = loss_of(engine.forward(x), labels)
+                    engine.backward(loss)
+                    engine.step()
+                    losses.append(loss.detach())
 
-            seconds = time_step(device, step)
-            if index >= spec.warmup_steps:
-                step_s.append(seconds)
+                seconds = time_step(device, step)
+                if index >= spec.warmup_steps:
+                    step_s.append(seconds)
         measured_losses = [loss.item() for loss in losses[spec.warmup_steps :]]
         _record_steps(spec, step_s, measured_losses, getattr(model, "tokens_per_sample", None), result)
         _record_memory(engine, device, batches[-1], result)

@@ -13,7 +13,9 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
@@ -72,6 +74,8 @@ Channels = Annotated[
 ]
 Compute = Literal["fp32", "tf32", "bf16", "fp16"]
 Reconstruction = Literal["fp64", "fp32", "bf16", "fp16", "exact"]
+# As `revnet_core.GUARD_ACTIONS`, which a study is read without.
+GuardAction = Literal["stop", "warn", "store"]
 DeepSpeedConfig = Annotated[
     dict[str, JsonValue], AfterValidator(_refuse_infinite), AfterValidator(_refuse_what_the_harness_sets)
 ]
@@ -124,10 +128,25 @@ class TrialSpec(_Inert):
     drift_audits: int = Field(
         default=11, ge=2, description="audits on the way, before the first step and after the last"
     )
+    guard_every: int = Field(
+        default=0, ge=0, description="training steps from one comparison of a rebuilt block to the next; 0: no guard"
+    )
+    guard_tolerance: float = Field(
+        default=1e-3, ge=0, allow_inf_nan=False, description="the relative error of a rebuilt block that passes"
+    )
+    guard_action: GuardAction = Field(default="stop", description="what follows an error above the tolerance")
     learning_rate: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     seed: int = Field(default=0, ge=0, lt=2**63)
     resources: TrialResources = TrialResources()
     deepspeed: DeepSpeedConfig = {}
+
+    @model_serializer(mode="wrap")
+    def _say_nothing_of_no_guard(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # So that a trial without one keeps the id that it had before there were guards.
+        content = serialize(self)
+        if all(getattr(self, name) == value for name, value in no_guard().items()):
+            return {name: value for name, value in content.items() if name not in no_guard()}
+        return content
 
     def canonical_json(self) -> str:
         """The same text for the same content, on every machine and whatever the order of keys was."""
@@ -155,6 +174,12 @@ class TrialSpec(_Inert):
         if (spec.activations == "budgeted") != (spec.budget_bytes is not None):
             raise StudyError(f"{source}: budget_bytes belongs to activations 'budgeted'. Give both or neither.")
         return spec
+
+
+def no_guard() -> dict[str, Any]:
+    """The fields of a trial's guard, each with its default."""
+    names = ("guard_every", "guard_tolerance", "guard_action")
+    return {name: TrialSpec.model_fields[name].default for name in names}
 
 
 # A section of its own in the study: set once, for all trials.

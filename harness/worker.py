@@ -129,12 +129,12 @@ def classify(error: BaseException) -> tuple[Status, str]:
     import torch
 
     from harness.training import DivergedError
-    from revnet_core import UnsupportedError
+    from revnet_core import DriftError, UnsupportedError
 
     lines = str(error).strip().splitlines()
     message = lines[0] if lines else ""
     reason = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    if isinstance(error, DivergedError):
+    if isinstance(error, (DivergedError, DriftError)):
         return "diverged", message
     if isinstance(error, UnsupportedError):
         return "unsupported", message

@@ -25,6 +25,9 @@ _USUAL = {
     "workers": 1,
     "data.name": "cifar10",
     "data.image_size": 32,
+    "guard_every": 0,
+    "guard_tolerance": 1e-3,
+    "guard_action": "stop",
 }
 _SPELLED = {
     "channels": "channels {}",
@@ -32,6 +35,9 @@ _SPELLED = {
     "zero_stage": "ZeRO-{}",
     "workers": "ranks {}",
     "data.image_size": "{} px",
+    "guard_every": "guard every {:g}",
+    "guard_tolerance": "guard tolerance {:g}",
+    "guard_action": "guard {}s",
 }
 
 # The metrics that have a law of depth, each with what was predicted of it.
@@ -69,6 +75,11 @@ def trials_frame(store: RunStore) -> pd.DataFrame:
         order = [c for c in ("model", "strategy", "depth", "batch_size", "seed") if c in frame]
         frame = frame.sort_values(order, ignore_index=True)
     return frame
+
+
+def has_guard(frame: pd.DataFrame) -> bool:
+    """Whether any trial was to have its rebuilt blocks compared while it trained."""
+    return "guard_every" in frame and bool((frame["guard_every"] > 0).any())
 
 
 def trace_frame(store: RunStore, trial_ids: Iterable[str], table: str) -> pd.DataFrame:

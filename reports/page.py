@@ -76,6 +76,7 @@ def _answers(frame: pd.DataFrame) -> list[str]:
         *verdict.saving_sentences(frame),
         *(sentence for sentence in verdict.time_sentences(frame) if "reconstructed" in sentence),
         *verdict.drift_sentences(frame),
+        *verdict.guard_sentences(frame),
     ]
 
 

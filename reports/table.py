@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from harness.record import Record
-from reports.frames import step_bars
+from reports.frames import has_guard, step_bars
 
 SYMBOLS = {"ok": "✓", "oom": "✗", "diverged": "∞", "unsupported": "–", "timeout": "…", "crashed": "!", "failed": "!"}
 MIB = 2**20
@@ -87,6 +87,7 @@ MAIN_METRICS = (
 _SPELLED = {
     "mfu": Column("mfu", "MFU (%)", _percent, more=True),
     "hfu": Column("hfu", "HFU (%)", _percent, more=True),
+    "guard_rel_max": Column("guard_rel_max", "largest error that a guard found, relative", _small, more=True),
 }
 # By the unit at the end of a metric's name; the first that fits.
 _UNITS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
@@ -102,6 +103,8 @@ SPEC = (
     *("activations", "budget_bytes"),
     *("compute", "reconstruction", "zero_stage", "workers", "seed"),
 )
+# Where any trial has a guard.
+GUARD_SPEC = ("guard_every", "guard_tolerance", "guard_action")
 
 
 def trials_table(frame: pd.DataFrame, records: list[Record]) -> Table:
@@ -109,7 +112,8 @@ def trials_table(frame: pd.DataFrame, records: list[Record]) -> Table:
     by_id = {record.id: record for record in records}
     ordered = [by_id[trial_id] for trial_id in frame["id"]]
     brackets = _step_brackets(frame)
-    spec = {name: [_spec_text(name, value) for value in frame[name]] for name in SPEC if name in frame}
+    fields = (*SPEC, *GUARD_SPEC) if has_guard(frame) else SPEC
+    spec = {name: [_spec_text(name, value) for value in frame[name]] for name in fields if name in frame}
     metrics = {
         column: [_cell(column, record, brackets[record.id]) for record in ordered] for column in _columns(ordered)
     }

@@ -125,6 +125,26 @@ def drift_sentences(frame: pd.DataFrame) -> list[str]:
     return sentences
 
 
+def guard_sentences(frame: pd.DataFrame) -> list[str]:
+    """What guards compared in training, by strategy, and what followed; none where no guard compared anything."""
+    if "guard_checks" not in frame:
+        return []
+    sentences = []
+    for strategy, rows in frame[frame["guard_checks"] > 0].groupby("strategy", sort=False):
+        checks = int(rows["guard_checks"].sum())
+        compared = "1 rebuilt input" if checks == 1 else f"{checks} rebuilt inputs"
+        largest = rows["guard_rel_max"].max() if rows["guard_rel_max"].notna().all() else math.nan
+        error = "an error that is not finite" if math.isnan(largest) else f"a relative error of at most {largest:.1e}"
+        sentence = f"{strategy}: in training a guard compared {compared} and found {error}"
+        if stopped := int((rows["status"] == "diverged").sum()):
+            sentence += f"; {stopped} of {len(rows)} trials diverged"
+        stored = rows.get("guard_stored_step", pd.Series(dtype=float)).dropna()
+        if len(stored):
+            sentence += f"; {len(stored)} of {len(rows)} trials stored activations after step {stored.min():.0f}"
+        sentences.append(sentence + ".")
+    return sentences
+
+
 def trouble_sentence(frame: pd.DataFrame) -> str | None:
     """How many trials came to no result; None when all did."""
     broken = frame[~frame["status"].isin(RESULT_STATUSES)]

@@ -11,7 +11,7 @@ from torch import nn
 
 from revnet_core.audit import outermost_sequences
 from revnet_core.errors import DriftError, UnsupportedError
-from revnet_core.partitioned import is_partitioned
+from revnet_core.partitioned import in_order_of_arrival, is_partitioned
 from revnet_core.probe import Finding, Probe
 from revnet_core.sequence import ReversibleSequence
 
@@ -74,6 +74,9 @@ class Guard:
     between cost nothing. Nothing waits for the device: on the CPU the backward itself answers, on other devices a
     forward after the comparison has arrived, or `settle`. Only rebuilt blocks are compared: nothing where activations
     are not reconstructed or in a forward whose backward does not come to the block (which counts as a step).
+
+    Each rank answers for itself: "stop" raises on the rank that drifts alone, and has to end its process, for which the
+    others wait in their next collective. "store" needs ranks that may differ (DDP, ZeRO-0).
 
     A copy of a model, and one that was pickled, has no guard.
 
@@ -147,7 +150,7 @@ class Guard:
 
         rebuilt_blocks  how many blocks, from the first, the backward will rebuild
 
-        Raises UnsupportedError where falling back to storing would leave the ranks of a partitioned model at odds.
+        Raises UnsupportedError where a rank that falls back to storing would be at odds with the others.
         """
         post = self._posts.get(sequence)
         if post is None:
@@ -156,10 +159,10 @@ class Guard:
         comparison, left = divmod(post.steps - 1, self.every)
         if left or not rebuilt_blocks:
             return None
-        if self.action == "store" and any(is_partitioned(p) for p in sequence.parameters()):
+        if self.action == "store" and any(is_partitioned(p) or in_order_of_arrival(p) for p in sequence.parameters()):
             raise UnsupportedError(
-                "action='store' is decided by each rank for itself, while under ZeRO-3 all have to gather parameters "
-                "alike. Use action='stop' or 'warn'."
+                "action='store' is decided by each rank for itself, while under ZeRO 1 to 3 all have to reduce "
+                "gradients, or gather parameters, in one order. Use action='stop' or 'warn', or ZeRO 0."
             )
         visit, turn = divmod(comparison, len(self._posts))
         if list(self._posts.values())[turn] is not post:

@@ -27,6 +27,11 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def in_order_of_arrival(parameter: nn.Parameter) -> bool:
+    """ZeRO 1 and 2 number it so; they put gradients into the buckets that ranks reduce as they come."""
+    return hasattr(parameter, "param_idx_in_group")
+
+
 class Uses:
     """How often the parameters of one chain's nets still get a gradient in the backward that runs."""
 

@@ -1,11 +1,8 @@
 """Why rebuilt activations drift: how much each block's inverse enlarges an error, and what follows from it."""
 
-import math
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
-from harness.measure.drift import Metrics
+from harness.measure.drift import Metrics, largest
 from harness.record import TraceRow
 from revnet_core import BlockAmplification, ReversibleError, audit_amplification
 from revnet_core.audit import sequence_inputs
@@ -37,13 +34,8 @@ def measure_causes(model: nn.Module, x: Tensor) -> tuple[Metrics, list[TraceRow]
         rows.append(TraceRow(TABLE, index, "chain", chain))
         rows += [TraceRow(TABLE, index, name, getattr(block, name)) for name in _FIGURES]
     metrics: Metrics = {
-        "inverse_bound_max": _largest([block.bound for _, block in numbered]),
-        "noise_gain_max": _largest([block.noise_gain for _, block in numbered]),
-        "predicted_drift_max_rel": _largest([block.predicted_rel for _, block in numbered]),
+        "inverse_bound_max": largest([block.bound for _, block in numbered]),
+        "noise_gain_max": largest([block.noise_gain for _, block in numbered]),
+        "predicted_drift_max_rel": largest([block.predicted_rel for _, block in numbered]),
     }
     return metrics, rows, {}
-
-
-def _largest(values: Sequence[float]) -> float:
-    """NaN where one is; `max` would pass it over."""
-    return math.nan if any(map(math.isnan, values)) else max(values)

@@ -1,6 +1,7 @@
 """Drift by block and gradient parity of a model, as metrics and trace rows."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -14,6 +15,11 @@ DRIFT_METRICS = (
 )
 
 
+def largest(values: Sequence[float]) -> float:
+    """NaN where one is; `max` would pass it over."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
 def measure_drift(
     model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], batch: tuple[Tensor, Tensor]
 ) -> tuple[Metrics, list[TraceRow], dict[str, str]]:
@@ -23,7 +29,7 @@ def measure_drift(
     blocks = audit_model_inverse(model, batch[0])
     for name in ("rel", "max_abs", "max_ulp"):
         if blocks:
-            metrics[f"drift_max_{name.removeprefix('max_')}"] = max(getattr(block, name) for block in blocks)
+            metrics[f"drift_max_{name.removeprefix('max_')}"] = largest([getattr(block, name) for block in blocks])
         else:
             unmeasured[f"drift_max_{name.removeprefix('max_')}"] = "the model has no reversible block"
     rows = [

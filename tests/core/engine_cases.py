@@ -3,10 +3,13 @@
 Legend: N batch, C channels, H height, W width.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from revnet_core import AdditiveCoupling, AffineCoupling, ReversibleSequence
@@ -196,16 +199,25 @@ def scale_loss(model: nn.Module) -> None:
     model.register_forward_hook(lambda net, args, y: 1.01 * y - (0.01 * y).detach())
 
 
-def perturb_output(model: nn.Module) -> None:
-    """Rebuild from an output that is wrong by a thousandth."""
+def perturb_output(model: nn.Module, *, forwards: float = math.inf) -> None:
+    """Rebuild from an output that is wrong by a thousandth, in the first so many forwards."""
     sequence = next(m for m in model.modules() if isinstance(m, ReversibleSequence))
-    forward = sequence.forward
+    forward, left = sequence.forward, forwards
 
     def perturbed(x: Tensor, **side: Any) -> Tensor:
+        nonlocal left
+        left -= 1
+        if left < 0 or sequence.activations != "reconstructed":
+            return forward(x, **side)
         with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: 1.001 * saved):
             return forward(x, **side)
 
     sequence.forward = perturbed  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def perturb_rank_1(model: nn.Module, *, forwards: float = math.inf) -> None:
+    if dist.get_rank() == 1:
+        perturb_output(model, forwards=forwards)
 
 
 def count_twice(model: nn.Module) -> None:
@@ -224,10 +236,13 @@ FLAWS: dict[str, tuple[str, Callable[[nn.Module], None]]] = {
     "scale_loss": ("reconstructed", scale_loss),
     "perturb_output": ("reconstructed", perturb_output),
     "count_twice": ("stored", count_twice),
+    "drifts": ("reconstructed", perturb_rank_1),
+    "drifts_once": ("reconstructed", functools.partial(perturb_rank_1, forwards=1)),
 }
+FLAWS_OF_ALL_RANKS = ("scale_gradient", "scale_loss", "perturb_output", "count_twice")
 FLAWED_RUNS = (
-    *((Case("ddp", "plain", "fp64"), flaw) for flaw in FLAWS),
-    *((Case("zero2", "plain", "fp32"), flaw) for flaw in FLAWS),
+    *((Case("ddp", "plain", "fp64"), flaw) for flaw in FLAWS_OF_ALL_RANKS),
+    *((Case("zero2", "plain", "fp32"), flaw) for flaw in FLAWS_OF_ALL_RANKS),
     (Case("zero3", "plain", "fp32"), "scale_gradient"),
     (Case("zero3", "plain", "fp32"), "perturb_output"),
 )
@@ -236,7 +251,52 @@ COMPARED_RUNS = (
     *((case, "reconstructed") for case in CASES),
     *((case, "checkpointed") for case in CASES if case.family == "ddp" or case in CHECKPOINTED_UNDER_ZERO),
 )
-RUNS = (*((case, "stored") for case in (*CASES, ALONE)), *COMPARED_RUNS, *FLAWED_RUNS)
+
+# Each with the action of a guard that compares at every step, and the flaw under its eyes.
+GUARDED: dict[str, tuple[str, Callable[[nn.Module], None] | None]] = {
+    "guarded": ("stop", None),
+    "guard_stops": ("stop", perturb_output),
+    "guard_stops_rank_1": ("stop", perturb_rank_1),
+    "guard_warns": ("warn", perturb_rank_1),
+    "guard_stores": ("store", perturb_rank_1),
+}
+TOLERATED = 1e-4
+HEALTHY_CASES = (
+    Case("ddp", "plain", "fp64"),
+    Case("ddp", "plain", "fp64", accumulation=2),
+    Case("ddp", "dropout", "fp64"),
+    Case("ddp", "sharing", "fp64"),
+    Case("ddp_static", "plain", "fp64"),
+    Case("zero0", "plain", "fp32"),
+    Case("zero1", "plain", "fp32"),
+    Case("zero2", "plain", "fp32", accumulation=2),
+    Case("zero3", "plain", "fp32", accumulation=2),
+    Case("zero3", "nested", "exact"),
+)
+DRIFTING_CASES = (
+    Case("ddp", "plain", "fp64"),
+    Case("ddp_static", "plain", "fp64"),
+    Case("zero2", "plain", "fp32", accumulation=2),
+    Case("zero3", "plain", "fp32"),
+)
+STORING_CASES = (
+    Case("ddp", "plain", "fp64"),
+    Case("ddp", "plain", "fp64", accumulation=2),
+    Case("ddp_static", "plain", "fp64"),
+    Case("zero0", "plain", "fp32"),
+)
+# Where ranks that store and ranks that rebuild would be at odds.
+NOT_STORING_CASES = tuple(Case(engine, "plain", "fp32") for engine in ("zero1", "zero2", "zero3"))
+GUARDED_RUNS = (
+    *((case, "guarded") for case in HEALTHY_CASES),
+    *((case, "guard_warns") for case in DRIFTING_CASES),
+    *((case, "drifts") for case in dict.fromkeys((*DRIFTING_CASES, *STORING_CASES))),
+    *((case, run) for case in STORING_CASES for run in ("guard_stores", "drifts_once")),
+    *((case, "guard_stores") for case in NOT_STORING_CASES),
+    # What these leave in the engine is nobody's to go on with.
+    *((case, "guard_stops") for case in DRIFTING_CASES),
+)
+RUNS = (*((case, "stored") for case in (*CASES, ALONE)), *COMPARED_RUNS, *FLAWED_RUNS, *GUARDED_RUNS)
 
 
 def first_coupling(model: nn.Module) -> AdditiveCoupling:

@@ -9,7 +9,8 @@ import gc
 import os
 import sys
 import traceback
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from revnet_core import Precision, ReversibleSequence
-from tests.core.engine_cases import DDP, FLAWS, NETWORKS, RUNS, ZERO, Case
+from revnet_core import Guard, Precision, ReversibleSequence
+from tests.core.engine_cases import DDP, FLAWS, GUARDED, NETWORKS, TOLERATED, ZERO, Case
 from tests.core.nets import IMAGE_NCHW, twin_of, weighted_sum
 
 RANKS = 2
@@ -27,7 +28,8 @@ STEPS = 3
 LEARNING_RATE = 0.05
 COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=30)
 
-# By kind ("parameters", "buffers") and name: the value after all steps less the value before them, in float64.
+# By kind ("parameters", "buffers") and name: the value after all steps less the value before them, in float64. Under a
+# guard also "checks", the relative error by step and block, and "warnings", which it gave.
 Changes = dict[str, dict[str, Tensor]]
 
 
@@ -36,8 +38,8 @@ def key(case: Case, run: str) -> str:
     return f"{case}/{run}"
 
 
-def run_rank(rank: int, family: str, folder: str) -> None:
-    """Do all runs of `family` and save {key: changes, or the traceback of what was raised}."""
+def run_rank(rank: int, runs: Sequence[tuple[Case, str]], folder: str) -> None:
+    """Do all runs and save {key: changes, or the traceback of what was raised}."""
     with Path(folder, f"rank{rank}.log").open("w") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
@@ -48,12 +50,11 @@ def run_rank(rank: int, family: str, folder: str) -> None:
     rendezvous = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", rendezvous, COLLECTIVE_TIMEOUT, rank=rank, world_size=RANKS)
     results: dict[str, Changes | str] = {}
-    for case, run in RUNS:
-        if case.family == family:
-            try:
-                results[key(case, run)] = trained(case, run)
-            except Exception:  # noqa: BLE001 - one run that fails must not cost the results of the others
-                results[key(case, run)] = traceback.format_exc()
+    for case, run in runs:
+        try:
+            results[key(case, run)] = trained(case, run)
+        except Exception:  # noqa: BLE001 - one run that fails must not cost the results of the others
+            results[key(case, run)] = traceback.format_exc()
     torch.save(results, Path(folder, f"rank{rank}.pt"))
     dist.destroy_process_group()
 
@@ -61,6 +62,10 @@ def run_rank(rank: int, family: str, folder: str) -> None:
 def trained(case: Case, run: str) -> Changes:
     """The change of every parameter and buffer by three steps, in float64."""
     activations, flaw = FLAWS.get(run, (run, None))
+    action = None
+    if run in GUARDED:
+        activations = "reconstructed"
+        action, flaw = GUARDED[run]
     torch.manual_seed(0)
     precision = Precision(reconstruction=case.reconstruction)
     dtype = torch.float64 if case.reconstruction == "fp64" else torch.float32
@@ -70,16 +75,27 @@ def trained(case: Case, run: str) -> Changes:
             module.precision = precision
     if flaw:
         flaw(model)
+    guard = Guard(every=1, tolerance=TOLERATED, action=action).attach(model) if action else None
     before = snapshot(model)
     micro_batches = [
         [inputs_of(case, step, micro, dtype) for micro in range(case.accumulation)] for step in range(STEPS)
     ]
     # Once and not at every step: what a step draws depends on what earlier ones drew.
     torch.manual_seed(10 + dist.get_rank())
-    after = (train_zero if case.engine in ZERO else train_ddp)(case, model, micro_batches)
-    return {
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        after = (train_zero if case.engine in ZERO else train_ddp)(case, model, micro_batches)
+    changes = {
         kind: {name: tensor.double() - before[kind][name].double() for name, tensor in tensors.items()}
         for kind, tensors in after.items()
+    }
+    return changes if guard is None else changes | answers(guard, [str(warning.message) for warning in caught])
+
+
+def answers(guard: Guard, warned: list[str]) -> Changes:
+    return {
+        "checks": {f"{report.step} {report.where}": torch.tensor(report.rel) for report in guard.history},
+        "warnings": {text: torch.ones(()) for text in warned if "relative error" in text},
     }
 
 

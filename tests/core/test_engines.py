@@ -5,6 +5,7 @@ Two ranks take three steps on different data; `engine_cases` has the engines and
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,8 +13,19 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import ProcessContext, ProcessException
 
-from tests.core.engine_cases import ALONE, COMPARED_RUNS, FLAWED_RUNS, RUNS, Case
-from tests.core.engine_ranks import RANKS, Changes, key, run_rank
+from tests.core.engine_cases import (
+    ALONE,
+    COMPARED_RUNS,
+    DRIFTING_CASES,
+    FLAWED_RUNS,
+    HEALTHY_CASES,
+    NOT_STORING_CASES,
+    RUNS,
+    STORING_CASES,
+    TOLERATED,
+    Case,
+)
+from tests.core.engine_ranks import RANKS, STEPS, Changes, key, run_rank
 
 TIME_LIMIT_S = 150
 LOG_TAIL = 3000
@@ -22,12 +34,14 @@ LOG_TAIL = 3000
 # in one net comes to 6e-2.
 TOLERANCES = {"fp64": 1e-10, "fp32": 2e-5, "exact": 0.0}
 
+STOPPED = "guard_stops_rank_1"
+
 Results = list[dict[str, Changes | str]]
 
 
-def run_ranks(family: str, folder: Path) -> Results:
+def run_ranks(runs: Sequence[tuple[Case, str]], folder: Path) -> Results:
     """What each rank saved; fails with the ranks' own words when one died or took too long."""
-    ranks = torch.multiprocessing.spawn(run_rank, (family, str(folder)), nprocs=RANKS, join=False)
+    ranks = torch.multiprocessing.spawn(run_rank, (runs, str(folder)), nprocs=RANKS, join=False)
     assert ranks is not None
     if failure := failure_of(ranks):
         logs = "\n".join(f"{log.name}: ...{log.read_text()[-LOG_TAIL:]}" for log in sorted(folder.glob("*.log")))
@@ -51,14 +65,18 @@ def failure_of(ranks: ProcessContext) -> str | None:
     return None
 
 
+def runs_of(family: str) -> list[tuple[Case, str]]:
+    return [(case, run) for case, run in RUNS if case.family == family]
+
+
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return run_ranks("ddp", tmp_path_factory.mktemp("ddp"))
+    return run_ranks(runs_of("ddp"), tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.fixture(scope="module")
 def zero(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return run_ranks("zero", tmp_path_factory.mktemp("zero"))
+    return run_ranks(runs_of("zero"), tmp_path_factory.mktemp("zero"))
 
 
 @pytest.fixture
@@ -138,3 +156,63 @@ def test_ranks_end_with_the_same_parameters(case: Case, run: str, results: Resul
 @pytest.mark.parametrize("case", [ALONE], ids=str)
 def test_ranks_that_nothing_connects_end_with_different_parameters(case: Case, results: Results) -> None:
     assert not parameters_agree(changes_of(results, case, "stored"))
+
+
+@pytest.mark.parametrize("case", HEALTHY_CASES, ids=str)
+def test_a_guard_that_finds_nothing_changes_no_bit(case: Case, results: Results) -> None:
+    guarded = changes_of(results, case, "guarded")
+    assert differences(guarded, changes_of(results, case, "reconstructed"), 0.0) == []
+    for of_rank in guarded:
+        assert len(of_rank["checks"]) == STEPS * case.accumulation
+        assert all(rel <= TOLERATED for rel in of_rank["checks"].values())
+        assert of_rank["warnings"] == {}
+
+
+@pytest.mark.parametrize("case", DRIFTING_CASES, ids=str)
+def test_a_guard_that_stops_does_so_in_the_first_backward(case: Case, results: Results) -> None:
+    for of_rank in results:
+        raised = of_rank[key(case, "guard_stops")]
+        assert isinstance(raised, str)
+        assert "DriftError: sequences.0.couplings[0]: at step 1 its rebuilt input was off by" in raised
+
+
+@pytest.mark.parametrize("case", [Case("ddp", "plain", "fp64"), Case("zero3", "plain", "fp32")], ids=str)
+def test_a_rank_that_is_stopped_alone_ends_the_other_when_it_leaves(case: Case, tmp_path: Path) -> None:
+    waiting, stopped = (of_rank[key(case, STOPPED)] for of_rank in run_ranks([(case, STOPPED)], tmp_path))
+    assert "DriftError: sequences.0.couplings[0]: at step 1" in str(stopped)
+    assert isinstance(waiting, str)
+    assert "DriftError" not in waiting
+    assert "onnection" in waiting
+
+
+@pytest.mark.parametrize("case", DRIFTING_CASES, ids=str)
+def test_a_guard_that_warns_does_so_on_the_rank_that_drifts_and_goes_on(case: Case, results: Results) -> None:
+    guarded = changes_of(results, case, "guard_warns")
+    assert differences(guarded, changes_of(results, case, "drifts"), 0.0) == []
+    healthy, drifting = guarded
+    assert healthy["warnings"] == {}
+    assert all(rel <= TOLERATED for rel in healthy["checks"].values())
+    assert all(rel > TOLERATED for rel in drifting["checks"].values())
+    # Once a block, of which it comes to the first and two others.
+    assert len(drifting["checks"]) == STEPS * case.accumulation
+    assert 2 <= len(drifting["warnings"]) <= 3
+
+
+@pytest.mark.parametrize("case", STORING_CASES, ids=str)
+def test_a_guard_that_stores_on_one_rank_alone_ends_the_drift_there(case: Case, results: Results) -> None:
+    guarded, tolerance = changes_of(results, case, "guard_stores"), TOLERANCES[case.reconstruction]
+    assert differences(guarded, changes_of(results, case, "drifts_once"), tolerance) == []
+    assert differences(guarded, changes_of(results, case, "drifts"), tolerance)
+    assert parameters_agree(guarded)
+    healthy, drifting = guarded
+    assert (len(healthy["warnings"]), len(drifting["warnings"])) == (0, 1)
+    assert len(healthy["checks"]) == STEPS * case.accumulation
+    assert len(drifting["checks"]) == 1
+
+
+@pytest.mark.parametrize("case", NOT_STORING_CASES, ids=str)
+def test_storing_is_refused_where_ranks_have_to_go_alike(case: Case, results: Results) -> None:
+    for of_rank in results:
+        raised = of_rank[key(case, "guard_stores")]
+        assert isinstance(raised, str)
+        assert "UnsupportedError: action='store' is decided by each rank for itself" in raised

@@ -327,12 +327,15 @@ def test_settings_that_do_not_exist_are_refused(settings: dict[str, Any], messag
         Guard(**settings)
 
 
-def test_storing_is_refused_where_ranks_gather_parameters() -> None:
+@pytest.mark.parametrize("mark", ["ds_id", "param_idx_in_group"], ids=["ZeRO-3", "ZeRO-1-and-2"])
+def test_storing_is_refused_where_ranks_have_to_go_alike(mark: str) -> None:
     model = wavering(0)
-    model.couplings[0].g.scale.ds_id = 0  # pyright: ignore
-    Guard(every=1, action="store").attach(model)
-    with pytest.raises(UnsupportedError, match="ZeRO-3"):
+    setattr(next(model.parameters()), mark, 0)
+    guard = Guard(every=1, action="store").attach(model)
+    with pytest.raises(UnsupportedError, match="under ZeRO 1 to 3 all have to"):
         model(image())
+    guard.detach()
+    model(image())
 
 
 def test_in_one_graph_a_guard_is_refused_and_otherwise_works() -> None:

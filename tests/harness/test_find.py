@@ -131,7 +131,8 @@ def study_of(**sections: object) -> Study:
 
 
 def test_trials_that_differ_in_the_axis_alone_are_one_cell() -> None:
-    study = study_of(grid={"depth": [14, 26], "activations": ["stored", "reconstructed"]}, repeats=2)
+    axes = {"depth": [14, 26], "activations": ["stored", "reconstructed"], "guard_every": [0, 50]}
+    study = study_of(grid=axes, repeats=2)
     cells = cells_of(expand(study), "depth", MIB)
     assert [(cell.base.activations, cell.base.seed) for cell in cells] == [
         ("stored", 0),
@@ -142,6 +143,7 @@ def test_trials_that_differ_in_the_axis_alone_are_one_cell() -> None:
     for cell in cells:
         trial = cell.at(26)
         assert (trial.depth, trial.warmup_steps, trial.measured_steps, trial.audit_batch_size) == (26, 0, 1, 0)
+        assert trial.guard_every == 0
         assert trial.resources.memory_bytes == MIB
 
 

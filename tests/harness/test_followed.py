@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.followed import FOLLOWED_METRICS, HELD_OUT_METRIC, audit_steps, follow_drift
+from harness.guarded import TrialGuard
 from harness.trials import TrialSpec
 from tests.harness.conftest import Trial
 
@@ -57,7 +58,7 @@ def test_exact_streams_follow_the_stored_twin_and_narrow_ones_do_not(
     ],
 )
 def test_what_is_not_followed_says_why(spec: TrialSpec, changes: dict[str, int], reason: str) -> None:
-    metrics, rows, unmeasured = follow_drift(spec.model_copy(update=changes), torch.device("cpu"))
+    metrics, rows, unmeasured = follow_drift(spec.model_copy(update=changes), torch.device("cpu"), TrialGuard(spec))
     assert (metrics, rows) == ({}, [])
     assert unmeasured.keys() == {*FOLLOWED_METRICS, HELD_OUT_METRIC}
     assert all(reason in text for text in unmeasured.values())

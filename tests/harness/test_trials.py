@@ -19,6 +19,9 @@ AXIS_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "activations": st.sampled_from(["stored", "checkpointed", "reconstructed"]),
     "compute": st.sampled_from(["fp32", "tf32", "bf16", "fp16"]),
     "zero_stage": st.integers(0, 3),
+    "guard_every": st.integers(0, 3),
+    "guard_tolerance": st.floats(0, 1),
+    "guard_action": st.sampled_from(["stop", "warn", "store"]),
     "learning_rate": st.floats(0, 10),
 }
 AXES = st.fixed_dictionaries(
@@ -87,6 +90,16 @@ def test_the_spec_has_the_keys_of_the_contract() -> None:
         "drift_steps": 0, "drift_audits": 11, "learning_rate": 0.1, "seed": 0,
         "resources": {"gpus_per_worker": None, "cpus_per_worker": 1, "memory_bytes": None}, "deepspeed": {},
     }  # fmt: skip
+
+
+def test_a_guard_is_in_the_spec_where_a_field_of_it_is_given() -> None:
+    guards = [{"guard_every": 50}, {"guard_tolerance": 0.5}, {"guard_action": "warn"}]
+    usual = {"guard_every": 0, "guard_tolerance": 1e-3, "guard_action": "stop"}
+    for guard in guards:
+        plain = TrialSpec.model_validate({"model": "revnet", **guard}).model_dump(mode="json")
+        assert {name: plain[name] for name in usual} == usual | guard
+    assert TrialSpec.model_validate({"model": "revnet", **usual}).id == TrialSpec(model="revnet").id
+    assert len({trial.id for trial in trials_of(grid={"guard_every": [0, 50], "guard_action": ["stop", "warn"]})}) == 4
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,15 @@ import os
 import select
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from harness.record import Record
+from harness import ranks
+from harness.record import Record, Status
 from harness.store import RunStore
 from harness.supervise import supervise
 from harness.trials import TrialResources, TrialSpec
@@ -164,6 +166,51 @@ def test_a_record_is_written_without_the_limit_that_the_trial_ran_out_of(
     limited = spec.model_copy(update={"resources": TrialResources(memory_bytes=2**20)})
     assert run_trial(limited).record.status == "oom"
     assert limits == [2**20, None]
+
+
+@pytest.mark.parametrize("error", [None, MemoryError()], ids=["ends well", "fails"])
+def test_a_rank_that_fails_keeps_its_place_so_that_its_record_is_the_first(
+    spec: TrialSpec, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    """The others fail for want of a rank that has left, and their records would say so."""
+    from harness import training
+
+    left: list[None] = []
+
+    def end(*_: object) -> None:
+        if error:
+            raise error
+
+    monkeypatch.setattr(training, "join_ranks", lambda *_: None)
+    monkeypatch.setattr(training, "leave_ranks", lambda: left.append(None))
+    monkeypatch.setattr(training, "_train_under_engine", end)
+    run = run_trial(spec.model_copy(update={"audit_batch_size": 0}))
+    assert run.record.status == ("oom" if error else "ok")
+    assert left == ([] if error else [None])
+
+
+@pytest.mark.parametrize(
+    ("statuses", "reason"),
+    [
+        (("failed", "diverged"), "rank 1: planted"),
+        (("failed", "ok"), "rank 0: planted"),
+        (("failed",), "rank 0: planted"),
+    ],
+    ids=str,
+)
+def test_a_rank_with_a_result_explains_those_that_failed_before_it_ended(
+    record: Record, spec: TrialSpec, monkeypatch: pytest.MonkeyPatch, statuses: Sequence[Status], reason: str
+) -> None:
+    """Rank 0 has ended; rank 1, which may have left its record, never does."""
+
+    def start(rank: int, spec: TrialSpec, spec_path: Path, scratch: Path) -> "subprocess.Popen[bytes]":
+        for status in statuses[rank : rank + 1]:
+            left = record.model_copy(update={"id": spec.id, "status": status, "reason": "planted"})
+            RunStore(scratch / f"rank{rank}").write_trial(left, [])
+        return subprocess.Popen(["sleep", "infinity"] if rank else ["false"])
+
+    monkeypatch.setattr(ranks, "_start", start)
+    assert ranks.run_ranks(spec.model_copy(update={"workers": 2})).record.reason == reason
 
 
 def test_one_rank_that_fails_ends_the_others(spec: TrialSpec, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from harness.record import Record, Status
+from reports.frames import trials_frame
 from reports.page import build_report
+from reports.verdict import guard_sentences
 from tests.reports.conftest import Make, predicted, trial, with_metrics
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -150,3 +152,21 @@ def test_a_trial_stands_beside_the_stored_one_of_its_own_image_size(make_run: Ma
     assert "the peak is 320.0 MiB reconstructed and 960.0 MiB stored" in html
     assert "the peak is 640.0 MiB reconstructed · 64 px and 1920.0 MiB stored" in html
     assert "data.image size" in html
+
+
+def test_what_guards_found_is_said_by_strategy_and_nothing_where_there_was_none(make_run: Make) -> None:
+    guard = {"activations": "reconstructed", "guard_every": 50, "guard_tolerance": 1e-3, "guard_action": "store"}
+    sound = with_metrics(trial(1, **guard), guard_checks=4, guard_rel_max=3e-6)
+    drifting = with_metrics(trial(2, seed=1, **guard), guard_checks=2, guard_rel_max=0.25, guard_stored_step=51)
+    stopped = trial(3, status="diverged", **(guard | {"guard_action": "stop"}))
+    stopped = with_metrics(stopped, guard_checks=1)
+    store = make_run([trial(0), sound, drifting, stopped])
+    sentences = guard_sentences(trials_frame(store))
+    assert sentences == [
+        "revnet · reconstructed · guard every 50: in training a guard compared 1 rebuilt input and found an error that "
+        "is not finite; 1 of 1 trials diverged.",
+        "revnet · reconstructed · guard every 50 · guard stores: in training a guard compared 6 rebuilt inputs and "
+        "found a relative error of at most 2.5e-01; 1 of 2 trials stored activations after step 51.",
+    ]
+    assert sentences[1] in build_report(store)
+    assert guard_sentences(trials_frame(make_run([trial(0)], name="plain"))) == []

@@ -73,3 +73,15 @@ def test_a_step_has_its_bar_in_brackets_and_is_sorted_by_its_median(make_run: Ma
     table = table_of(make_run, [record])
     step = table.rows[0].metrics[[column.name for column in table.metrics].index("step_median_s")]
     assert (step.text, step.sort) == ("500 (375 to 750)", "0.5")
+
+
+def test_a_guard_is_in_the_table_where_a_trial_has_one(make_run: Make) -> None:
+    off, on = trial(1, depth=14), trial(2, depth=26, guard_every=50, guard_tolerance=1e-3, guard_action="warn")
+    table = table_of(make_run, [off, with_metrics(on, guard_rel_max=3e-6)])
+    cells = dict(zip(table.spec, zip(*(row.spec for row in table.rows), strict=True), strict=True))
+    assert cells["guard every"] == ("–", "50")
+    assert cells["guard action"] == ("–", "warn")
+    largest = [column.heading for column in table.metrics].index("largest error that a guard found, relative")
+    assert [row.metrics[largest].text for row in table.rows] == ["n/a", "3.00e-06"]
+    plain = make_run([off], name="plain")
+    assert not any("guard" in name for name in trials_table(trials_frame(plain), plain.read_records()).spec)

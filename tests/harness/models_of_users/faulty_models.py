@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C import _len_torch_dispatch_stack
 
+from revnet_core import AdditiveCoupling, Precision, ReversibleSequence
+
 
 class Linear(nn.Module):
     def __init__(self, num_classes: int, before: Callable[[], object]) -> None:
@@ -110,3 +112,22 @@ def centred(*, num_classes: int, **options: Any) -> nn.Module:
             return super().forward(x - MEAN)
 
     return Centred(num_classes, lambda: None)
+
+
+class Wavering(nn.Module):
+    """Gives another value at each call, of a recompute too."""
+
+    def __init__(self, net: nn.Module, wavers: bool) -> None:
+        super().__init__()
+        self.net, self.wavers, self.calls = net, wavers, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.wavers
+        return self.net(x) + 0.1 * self.calls
+
+
+def wavers_on_rank_1(*, num_classes: int, activations: str, precision: Precision, **options: Any) -> nn.Module:
+    wavers = os.environ.get("RANK") == "1"
+    couplings = [AdditiveCoupling(nn.Conv2d(4, 4, 1), Wavering(nn.Conv2d(4, 4, 1), wavers)) for _ in range(2)]
+    sequence = ReversibleSequence(couplings, activations=activations, precision=precision)
+    return nn.Sequential(nn.Conv2d(3, 8, 1), sequence, nn.Flatten(), nn.Linear(8 * 32 * 32, num_classes))
