@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from harness.attempts import Ended, Job, attempt
 from harness.ranks import INIT_METHOD
+from harness.record import RESULT_STATUSES
 from harness.store import RunStore
 from harness.supervise import Supervised, Verdict, Watcher, supervise
 from harness.trials import TrialSpec
@@ -63,7 +64,7 @@ def _lead(spec: TrialSpec, order: Order, group: PlacementGroup, watch: Watcher) 
         done = supervise(spec, order.timeout_s, order.exports, environment=own, watch=watch_all)
         fault = others.last_words()
     last = done.record.attempts[-1]
-    if fault is not None and last.status not in ("ok", "timeout"):
+    if fault is not None and last.status in ("failed", "crashed"):
         # What it ran into when the other ended is not the reason.
         record = done.record.model_copy(update={"status": fault.status, "reason": fault.reason})
         last = last.model_copy(update={"status": fault.status, "reason": fault.reason, "lost": fault.lost})
@@ -82,10 +83,11 @@ class _Others:
         self._done: dict[int, Supervised | RayError] = {}
 
     def fault(self) -> Verdict | None:
-        """Of a rank that ended and should not have; one that was lost before one that only ran into that."""
+        """Of a rank that ended and should not have; one that was lost, or has a result (oom, diverged), before those that
+        may only have run into that."""
         self._collect(0)
         faults = [fault for rank, done in self._done.items() if (fault := _fault(rank, done))]
-        return max(faults, key=lambda fault: fault.lost, default=None)
+        return max(faults, key=lambda fault: (fault.lost, fault.status in RESULT_STATUSES), default=None)
 
     def last_words(self) -> Verdict | None:
         self._collect(LAST_WORDS_S)
