@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -118,8 +118,16 @@ def run(
     if find is not None:
         others = {"--limit": limit, "--only": only, "--snapshot": snapshot or None, "--perfetto": perfetto or None}
         _refuse(others, "--find chooses its trials itself. Leave it out.")
+        from harness.find_run import Question, find_largest
+
         axis: Axis = "depth" if find is Sought.DEPTH else "batch_size"
-        _find(study, axis, out, address, retry, memory, headroom or "5%", at_most)
+        asked = Question(study, axis, headroom or "5%", _memory(memory), at_most, retry, out)
+
+        def run_pending(pending: "list[TrialSpec]", store: "RunStore", resources: "StudyResources") -> bool:
+            return _run_selected(pending, len(pending), store, resources, address, [])
+
+        found = find_largest(asked, run_pending, _write_report)
+        raise typer.Exit({"interrupted": INCOMPLETE, "open": FAILED, "answered": DONE}[found])
     of_a_search = {"--memory": memory, "--headroom": headroom, "--at-most": at_most}
     _refuse(of_a_search, "it belongs to --find. Give both; the memory of a study's trials is its resources.memory.")
     from harness.exports import what_was_exported
@@ -242,73 +250,6 @@ def _run_selected(
     except KeyboardInterrupt:
         return True
     return False
-
-
-def _find(
-    study: str,
-    axis: "Axis",
-    out: str | None,
-    address: str | None,
-    retry: str | None,
-    memory: str | None,
-    headroom: str,
-    at_most: int | None,
-) -> NoReturn:
-    """Search the largest depth or batch size of each cell of a study, confirm it, and exit."""
-    from harness.confirm import as_study, confirm, search_name
-    from harness.find import (
-        Limit,
-        Predictions,
-        Search,
-        at_smallest,
-        cells_of,
-        differing,
-        memory_of,
-        parse_headroom,
-        process_bytes,
-        search_id,
-    )
-    from harness.find_view import CONFIRMED, outcome, print_found, searched
-    from harness.planning import statuses_of
-    from harness.store import RunStore
-    from harness.study import check_trials, load_study
-    from harness.trials import expand
-
-    share, given_bytes, again = parse_headroom(headroom), _memory(memory), statuses_of(retry)
-    loaded = load_study(study)
-    trials = [at_smallest(trial, axis) for trial in expand(loaded)]
-    check_trials(loaded, trials)
-    limit = Limit(given_bytes or memory_of(trials[0]), share, process_bytes(trials[0]))
-    cells = cells_of(trials, axis, limit.memory_bytes, at_most)
-    store = RunStore(out or str(Path("runs", search_name(loaded, axis))))
-    asked = search_id(cells, share)
-    store.check_search(asked)
-    predictions = Predictions()
-    searches = [Search(cell, limit, predictions) for cell in cells]
-    for search in searches:
-        search.advance()
-        typer.echo(searched(search, differing(cells)))
-
-    def write_plan(planned: "list[TrialSpec]") -> None:
-        written = as_study(loaded, planned, axis, limit)
-        store.open_for(written.resolved(), [trial.id for trial in planned], search=asked)
-
-    def run_pending(pending: "list[TrialSpec]") -> bool:
-        return _run_selected(pending, len(pending), store, loaded.resources, address, [])
-
-    interrupted = confirm(searches, store, run_pending, write_plan=write_plan, retry=again)
-    typer.echo()
-    print_found(searches, store, limit)
-    outcomes = [outcome(search, store) for search in searches]
-    open_ones = sum(found not in (CONFIRMED, "none", "unsupported") for found in outcomes)
-    if interrupted:
-        typer.echo("stopped; what is finished is kept. Give the same command to go on.")
-    elif open_ones:
-        typer.echo(f"{open_ones} not confirmed; the logs lie in {store.uri}/logs.")
-        typer.echo("Run those that came to no result again with the same command and --retry failed,crashed,timeout")
-    if store.read_plan() is not None:
-        typer.echo(f"report: {_write_report(store)}")
-    raise typer.Exit(INCOMPLETE if interrupted else FAILED if open_ones else DONE)
 
 
 def _refuse(options: dict[str, object], why: str) -> None:

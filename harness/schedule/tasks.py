@@ -83,8 +83,8 @@ class _Others:
         self._done: dict[int, Supervised | RayError] = {}
 
     def fault(self) -> Verdict | None:
-        """Of a rank that ended and should not have; one that was lost, or has a result (oom, diverged), before those that
-        may only have run into that."""
+        """Of a rank that ended and should not have; one that was lost, or has a result (oom, diverged), before those
+        that may only have run into that."""
         self._collect(0)
         faults = [fault for rank, done in self._done.items() if (fault := _fault(rank, done))]
         return max(faults, key=lambda fault: (fault.lost, fault.status in RESULT_STATUSES), default=None)
