@@ -34,6 +34,7 @@ STACKS_S = 1.0
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "33554432"}
 
 
+WORKER = "harness.worker"
 # From one look at a running trial to the next.
 WATCH_S = 0.5
 
@@ -66,12 +67,14 @@ def supervise(
     *,
     environment: Mapping[str, str] | None = None,
     watch: Watcher = lambda log: None,
+    worker: str = WORKER,
 ) -> Supervised:
     """Start the trial, wait for it at most `timeout_s` seconds, and say what came of it.
 
     exports      names of what it is to leave beside its record
     environment  of its process, besides what each trial's has
     watch        may end it early
+    worker       the module that runs it, as `harness.worker` does
 
     Whatever ends this call early (KeyboardInterrupt, say) ends the trial's processes too.
     """
@@ -82,7 +85,7 @@ def supervise(
         kills_before = _memory_kills()
         with log_path.open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "harness.worker", str(spec_path), str(out)],
+                [sys.executable, "-m", worker, str(spec_path), str(out)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

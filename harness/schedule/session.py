@@ -19,8 +19,10 @@ from harness.errors import ResourceError
 
 
 @contextlib.contextmanager
-def ray_session(address: str | None) -> Iterator[None]:
+def ray_session(address: str | None, cpus: int | None = None) -> Iterator[None]:
     """Join the cluster at `address`, or start a Ray of our own on this machine that ends with the block.
+
+    cpus  of our own Ray, where they are to be others than this process may use
 
     Raises ResourceError when the cluster does not answer.
     """
@@ -43,7 +45,7 @@ def ray_session(address: str | None) -> Iterator[None]:
         try:
             ray.init(
                 address="local",
-                num_cpus=len(os.sched_getaffinity(0)),
+                num_cpus=cpus or len(os.sched_getaffinity(0)),
                 include_dashboard=False,
                 object_store_memory=100 * 2**20,
                 _node_ip_address="127.0.0.1",

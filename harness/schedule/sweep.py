@@ -13,6 +13,7 @@ from harness.jobs import Jobs, Outcome
 from harness.schedule.placement import Place, place_of
 from harness.schedule.tasks import Order, submit
 from harness.store import RunStore
+from harness.supervise import WORKER
 from harness.trials import TrialSpec
 
 # Placement groups that wait for room; enough that no core idles, few enough that a sweep of thousands starts at once.
@@ -31,7 +32,13 @@ class Tick(NamedTuple):
 
 
 def run_trials(
-    trials: Sequence[TrialSpec], store: RunStore, timeout_s: float, max_attempts: int, exports: Collection[str] = ()
+    trials: Sequence[TrialSpec],
+    store: RunStore,
+    timeout_s: float,
+    max_attempts: int,
+    exports: Collection[str] = (),
+    *,
+    worker: str = WORKER,
 ) -> Iterator[Tick]:
     """Run the trials, as many at a time as there is room for; yields about twice a second.
 
@@ -41,10 +48,11 @@ def run_trials(
 
     max_attempts  of a trial whose node or process is lost
     exports       names of what each trial is to leave beside its record
+    worker        the module that runs a trial of one node
     """
     places = {trial.id: place_of(trial) for trial in trials}
     jobs = Jobs(trials, store, max_attempts)
-    order = Order(store.absolute_uri, timeout_s, tuple(sorted(exports)))
+    order = Order(store.absolute_uri, timeout_s, tuple(sorted(exports)), worker)
     waiting: dict[PlacementGroup, tuple[Job, Place]] = {}
     running: dict[ray.ObjectRef, tuple[Job, Place, PlacementGroup]] = {}
 

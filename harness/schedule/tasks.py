@@ -30,6 +30,7 @@ class Order(NamedTuple):
     uri: str
     timeout_s: float
     exports: tuple[str, ...]
+    worker: str
 
 
 def submit(job: Job, group: PlacementGroup, order: Order) -> "ray.ObjectRef":
@@ -45,7 +46,7 @@ def _attempt(job_data: tuple[str, int, int, int], order: Order, group: Placement
 
     def run(watch: Watcher) -> Supervised:
         if group.bundle_count == 1:
-            return supervise(job.trial, order.timeout_s, order.exports, watch=watch)
+            return supervise(job.trial, order.timeout_s, order.exports, watch=watch, worker=order.worker)
         return _lead(job.trial, order, group, watch)
 
     return attempt(job, RunStore(order.uri), run)
