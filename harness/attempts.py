@@ -50,7 +50,7 @@ def attempt(job: Job, store: RunStore, run: Callable[[Watcher], Supervised]) -> 
     if holder is None:
         return Ended("held")
     try:
-        if _recorded(store, job.trial.id) != job.seen:
+        if recorded(store, job.trial.id) != job.seen:
             holder.release()
             return Ended("held")
         done = run(holder.watch)
@@ -79,7 +79,7 @@ def give_up(job: Job, store: RunStore) -> Ended:
 def _conclude(job: Job, store: RunStore, holder: Holder, done: Supervised) -> Ended:
     claimed = _claimed(job, store)
     # Whoever took us for lost has the trial, or has finished it.
-    if not holder.is_latest() or _recorded(store, job.trial.id) != job.seen:
+    if not holder.is_latest() or recorded(store, job.trial.id) != job.seen:
         return Ended("held")
     earlier = store.find_record(job.trial.id)
     attempts = [*(earlier.attempts if earlier else ()), *claimed, *done.record.attempts]
@@ -94,7 +94,8 @@ def _conclude(job: Job, store: RunStore, holder: Holder, done: Supervised) -> En
     return Ended("done", record.status, record.reason, attempts[-1].wall_s)
 
 
-def _recorded(store: RunStore, trial_id: str) -> int:
+def recorded(store: RunStore, trial_id: str) -> int:
+    """How many attempts the trial's record has; 0 without a record."""
     record = store.find_record(trial_id)
     return len(record.attempts) if record else 0
 

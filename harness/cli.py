@@ -111,12 +111,21 @@ def run(
         str | None, typer.Option(help="With --find: the share that predictions leave free; 5% if not given.")
     ] = None,
     at_most: Annotated[int | None, typer.Option(min=1, help="With --find: the bound of the search.")] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Leave it to a driver in the cluster at --address, and return.")
+    ] = False,
     snapshot: Annotated[bool, typer.Option("--snapshot", help="One step's memory for pytorch.org/memory_viz.")] = False,
     perfetto: Annotated[bool, typer.Option("--perfetto", help="One step's trace for ui.perfetto.dev.")] = False,
 ) -> None:
     """Run the trials of a study that are not done yet, then write the report."""
     if find is not None:
-        others = {"--limit": limit, "--only": only, "--snapshot": snapshot or None, "--perfetto": perfetto or None}
+        others = {
+            "--limit": limit,
+            "--only": only,
+            "--detach": detach or None,
+            "--snapshot": snapshot or None,
+            "--perfetto": perfetto or None,
+        }
         _refuse(others, "--find chooses its trials itself. Leave it out.")
         from harness.find_run import Question, find_largest
 
@@ -135,6 +144,11 @@ def run(
     from harness.store import RunStore
 
     exports = [name for name, asked in (("snapshot", snapshot), ("perfetto", perfetto)) if asked]
+    if detach and (address is None or exports):
+        raise HarnessError(
+            "--detach: takes a cluster that goes on when this command has ended, and no exports. Give --address, or "
+            "run `nohup revnet run ... &` on this machine."
+        )
     if exports and only is None:
         raise HarnessError(
             f"--{exports[0]}: a file for each trial. Name the trials with --only ID; the report has the ids."
@@ -144,8 +158,10 @@ def run(
     store.refuse_private()
     store.open_for(loaded.resolved(), [trial.id for trial in trials])
     selected = select_trials(trials, store, only=only, retry=retry, limit=limit)
+    if detach and selected:
+        _detach(selected, store, loaded.resources, address)
+        return
     interrupted = _run_selected(selected, len(trials), store, loaded.resources, address, exports)
-    report_path = _write_report(store)
     counts = Counter(record.status for record in store.read_records())
     left = len(trials) - len(store.finished_ids() & {trial.id for trial in trials})
     in_words = "  ".join(f"{status} {count}" for status, count in counts.items())
@@ -160,7 +176,7 @@ def run(
         typer.echo(f"{left} trials not run yet. Run them with: {_again(study, out)}")
     for trial in selected if exports else ():
         typer.echo("\n".join(what_was_exported(store, trial.id, exports)))
-    typer.echo(f"report: {report_path}")
+    typer.echo(f"report: {_write_report(store)}")
     raise typer.Exit(INCOMPLETE if interrupted else FAILED if broken else DONE)
 
 
@@ -250,6 +266,17 @@ def _run_selected(
     except KeyboardInterrupt:
         return True
     return False
+
+
+def _detach(selected: "list[TrialSpec]", store: "RunStore", resources: "StudyResources", address: str | None) -> None:
+    from harness.schedule import detach, ray_session
+
+    store.clear_stop()
+    with ray_session(address):
+        name = detach(selected, store, resources.timeout_s, resources.max_attempts)
+    uri = store.absolute_uri
+    typer.echo(f"{len(selected)} trials left to the driver {name} in the cluster; it is safe to log out.")
+    typer.echo(f"See how far it is with `revnet status {uri}`; `revnet report {uri}` works on what is there.")
 
 
 def _refuse(options: dict[str, object], why: str) -> None:

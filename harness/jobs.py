@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from harness.attempts import Ended, Job, give_up
+from harness.attempts import Ended, Job, give_up, recorded
 from harness.claims import BEAT_S, Watch, read_claim
 from harness.record import Attempt, Record, Status
 from harness.store import RunStore
@@ -43,7 +43,7 @@ class Jobs:
         self._todo: deque[Job] = deque()
         self._elsewhere: dict[str, Job] = {}
         for trial in sorted(trials, key=_size, reverse=True):
-            seen = len(store.read_record(trial.id).attempts) if trial.id in finished else 0
+            seen = recorded(store, trial.id) if trial.id in finished else 0
             job = Job(trial, seen, seen, max_attempts)
             if any(number >= seen for number in claimed.get(trial.id, ())):
                 self._elsewhere[trial.id] = job

@@ -1,7 +1,8 @@
 """Sweeps of trials that sleep, on 1, 2 and 4 slots and of more and more trials; where their time goes.
 
-A slot's time per trial is the sweep's wall time, times slots, over trials. Of it, the work is 2 s; starting and ending a
-process that does it is measured by itself, without Ray or a run directory; what is left is what scheduling adds.
+A slot's time per trial is the wall time of the sweep, times slots, over trials. The work is 2 s of it; starting and
+ending a process that does it is measured by itself, without Ray or a run directory; what is left is what scheduling
+adds.
 """
 
 import statistics

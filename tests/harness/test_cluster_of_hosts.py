@@ -3,6 +3,7 @@
 REVNET_SWEEP_TRIALS says how many trials; 14 if not set, which is what the faults need to hit some.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -78,6 +79,50 @@ def hosts() -> Iterator[Hosts]:
             # So that a lost attempt is seen in 8 s.
             hosts[name].environment["REVNET_BEAT_S"] = "2"
         yield hosts
+
+
+DETACHED = """\
+name: detached
+question: Does it go on by itself?
+grid: {seed: [0, 1, 2, 3]}
+model: "faulty_models:fine"
+fixed: {depth: null, activations: stored, batch_size: 4, warmup_steps: 0, measured_steps: 1, audit_batch_size: 0}
+"""
+
+
+def drivers_of(hosts: Hosts) -> list[psutil.Process]:
+    """Processes of drivers that live in the cluster."""
+    found = []
+    for process in (process for name in hosts.names for process in hosts[name].processes()):
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[:1] and "_DriverInCluster" in process.cmdline()[0]:
+                found.append(process)
+    return found
+
+
+def test_a_detached_driver_in_namespaced_hosts_goes_on_when_it_is_killed(hosts: Hosts, tmp_path: Path) -> None:
+    (tmp_path / "detached.yaml").write_text(DETACHED)
+    store = RunStore(tmp_path / "run")
+    command = [sys.executable, "-m", "harness.cli", "run", "detached.yaml", "--out", "run", "--address", hosts.address]
+
+    def revnet_run() -> tuple[int, str]:
+        process = hosts["head"].run(
+            [*command, "--detach"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        return process.wait(STEP_S), process.communicate()[0]
+
+    code, printed = revnet_run()
+    assert (code, "4 trials left to the driver" in printed) == (0, True), printed
+    code, printed = revnet_run()
+    assert (code, "a driver in this cluster has this run already" in printed) == (2, True), printed
+    await_that(store.finished_ids)
+    [driver] = drivers_of(hosts)
+    driver.kill()
+    await_that(lambda: len(store.finished_ids()) == 4)
+    assert [record.status for record in store.read_records()] == ["ok"] * 4
+    await_that(lambda: not drivers_of(hosts))
+    code, printed = revnet_run()
+    assert (code, "0 run now; 4 of 4 trials done: ok 4" in printed) == (0, True), printed
 
 
 def test_namespaced_hosts_drivers_and_processes_are_lost_and_no_trial_is(hosts: Hosts, tmp_path: Path) -> None:
