@@ -48,12 +48,17 @@ RunArgument = Annotated[str, typer.Argument(help="A run directory (or any fsspec
 
 
 @app.command()
-def doctor() -> None:
-    """Check this machine: libraries, devices, browser, and one tiny trial from start to record."""
-    from harness.doctor import examine
+def doctor(
+    address: Annotated[str | None, typer.Option(help="Check each node of this Ray cluster instead.")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="With --address: a directory or URI for runs, to be written from each node.")
+    ] = None,
+) -> None:
+    """Check this machine: libraries, devices, browser, and one tiny trial from start to record; or a cluster."""
+    from harness.doctor import examine, examine_cluster
 
     findings = []
-    for finding in examine():
+    for finding in examine() if address is None else examine_cluster(address, storage):
         typer.echo(f"{finding.level:<5} {finding.text}")
         findings.append(finding)
     if any(finding.level == "FAIL" for finding in findings):
@@ -119,13 +124,7 @@ def run(
 ) -> None:
     """Run the trials of a study that are not done yet, then write the report."""
     if find is not None:
-        others = {
-            "--limit": limit,
-            "--only": only,
-            "--detach": detach or None,
-            "--snapshot": snapshot or None,
-            "--perfetto": perfetto or None,
-        }
+        others = {"--limit": limit, "--only": only, "--detach": detach, "--snapshot": snapshot, "--perfetto": perfetto}
         _refuse(others, "--find chooses its trials itself. Leave it out.")
         from harness.find_run import Question, find_largest
 
@@ -281,7 +280,7 @@ def _detach(selected: "list[TrialSpec]", store: "RunStore", resources: "StudyRes
 
 def _refuse(options: dict[str, object], why: str) -> None:
     for name, value in options.items():
-        if value is not None:
+        if value is not None and value is not False:
             raise HarnessError(f"{name if value is True else f'{name} {value}'}: {why}")
 
 

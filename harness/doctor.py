@@ -1,13 +1,17 @@
-"""What `revnet doctor` looks at: the versions, the devices, the browser, and one tiny trial."""
+"""What `revnet doctor` looks at: versions, devices, browser, and one tiny trial; or each node of a cluster."""
 
+import contextlib
 import importlib.metadata
 import shutil
 import sys
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from harness.supervise import supervise
 from harness.trials import TrialSpec
+
+if TYPE_CHECKING:
+    from harness.schedule.checkup import Node
 
 NEEDED = ("torch", "deepspeed", "ray", "pandas", "pyarrow", "plotly", "pydantic", "fsspec")
 BROWSERS = ("chromium", "google-chrome", "chrome", "chromium-browser")
@@ -36,6 +40,60 @@ def examine() -> Iterator[Finding]:
     yield _tiny_trial()
 
 
+def examine_cluster(address: str, storage: str | None) -> Iterator[Finding]:
+    """Of each node: its versions against this machine's, its devices, whether it reaches `storage`; and one tiny trial
+    whose ranks are on two nodes."""
+    from harness.schedule import ray_session
+    from harness.schedule.checkup import over_two_nodes, seen_from_each
+
+    with ray_session(address):
+        nodes = list(seen_from_each(storage))
+        for node in nodes:
+            yield from _of_node(node, versions(), storage)
+        reached = [node for node in nodes if node.error is None]
+        if storage is None:
+            yield Finding("note", "storage was not looked at; give --storage with where runs are to be kept")
+        elif apart := [node.name for node in reached if not node.sees_others]:
+            yield Finding("FAIL", f"{', '.join(apart)}: {storage} is another place there than on the nodes before.")
+        if len(reached) < 2:
+            yield Finding("note", "one node, so that no trial can be spread over two")
+            return
+        done = over_two_nodes(_tiny(workers=2), TRIAL_TIMEOUT_S).record
+        if done.status == "ok":
+            yield Finding("ok", f"one trial with its ranks on {done.attempts[0].node} and collectives between them")
+        else:
+            remedy = "Nodes must reach each other on all ports; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface."
+            yield Finding("FAIL", f"a tiny trial over two nodes ended as {done.status}: {done.reason}. {remedy}")
+
+
+def _of_node(node: "Node", here: dict[str, str], storage: str | None) -> Iterator[Finding]:
+    if node.error is not None:
+        yield Finding("FAIL", f"{node.name}: does not run a task: {node.error}")
+        return
+    theirs = [(package, node.versions.get(package, "absent"), version) for package, version in here.items()]
+    different = [f"{package} {there} rather than {version}" for package, there, version in theirs if there != version]
+    if different:
+        remedy = "Install the same versions on all nodes; records of different ones cannot be compared."
+        yield Finding("FAIL", f"{node.name}: {', '.join(different)}. {remedy}")
+    else:
+        gpus = ", ".join(node.gpus) or "no GPU"
+        yield Finding("ok", f"{node.name}: the versions of this machine; {gpus}; {node.cpus:g} CPU for Ray")
+    if storage is not None and node.storage_error is None:
+        yield Finding("ok", f"{node.name}: {storage} can be written and read")
+    elif storage is not None:
+        remedy = "Give a path or URI that all nodes reach, with the credentials for it on each."
+        yield Finding("FAIL", f"{node.name}: {storage}: {node.storage_error}. {remedy}")
+
+
+def versions() -> dict[str, str]:
+    """Of this project and of what it needs, here; a package that is not installed is left out."""
+    found = {"python": sys.version.split()[0]}
+    for package in ("revnet-harness", *NEEDED):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
 def _devices() -> Iterator[Finding]:
     try:
         import torch
@@ -44,14 +102,32 @@ def _devices() -> Iterator[Finding]:
         return
     if not torch.cuda.is_available():
         yield Finding("note", f"no CUDA ({torch.__version__}): trials run on the CPU")
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        yield Finding("ok", f"cuda:{index} {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    for index, name in enumerate(gpu_names()):
+        yield Finding("ok", f"cuda:{index} {name}")
+
+
+def gpu_names() -> list[str]:
+    """Of each GPU of this machine, with its memory."""
+    import torch
+
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [f"{one.name}, {one.total_memory / 2**30:.0f} GiB" for one in found]
+
+
+def _tiny(workers: int) -> TrialSpec:
+    return TrialSpec(
+        model="revnet",
+        depth=14,
+        batch_size=2,
+        workers=workers,
+        warmup_steps=0,
+        measured_steps=1,
+        audit_batch_size=2,
+    )
 
 
 def _tiny_trial() -> Finding:
-    spec = TrialSpec(model="revnet", depth=14, batch_size=2, warmup_steps=0, measured_steps=1, audit_batch_size=2)
-    done = supervise(spec, TRIAL_TIMEOUT_S)
+    done = supervise(_tiny(workers=1), TRIAL_TIMEOUT_S)
     if done.record.status == "ok":
         return Finding("ok", f"one trial under DeepSpeed, start to record, in {done.record.attempts[0].wall_s:.1f} s")
     return Finding("FAIL", f"a tiny trial ended as {done.record.status}: {done.record.reason}")

@@ -36,7 +36,7 @@ class Order(NamedTuple):
 def submit(job: Job, group: PlacementGroup, order: Order) -> "ray.ObjectRef":
     """The attempt on the group's first bundle, from which a spread trial starts its other ranks."""
     job_data = job.trial.canonical_json(), job.seen, job.number, job.max_attempts
-    return _in_bundle(_attempt, group, 0, f"trial-{job.trial.id}").remote(job_data, order, group)
+    return in_bundle(_attempt, group, 0, f"trial-{job.trial.id}").remote(job_data, order, group)
 
 
 @ray.remote(max_retries=0)
@@ -47,12 +47,12 @@ def _attempt(job_data: tuple[str, int, int, int], order: Order, group: Placement
     def run(watch: Watcher) -> Supervised:
         if group.bundle_count == 1:
             return supervise(job.trial, order.timeout_s, order.exports, watch=watch, worker=order.worker)
-        return _lead(job.trial, order, group, watch)
+        return lead(job.trial, order, group, watch)
 
     return attempt(job, RunStore(order.uri), run)
 
 
-def _lead(spec: TrialSpec, order: Order, group: PlacementGroup, watch: Watcher) -> Supervised:
+def lead(spec: TrialSpec, order: Order, group: PlacementGroup, watch: Watcher) -> Supervised:
     """Run rank 0 here and the others in the group's other bundles; started together, ended together."""
     address = ray.util.get_node_ip_address()
     environment = {"WORLD_SIZE": str(spec.workers), INIT_METHOD: f"tcp://{address}:{_free_port(address)}"}
@@ -137,7 +137,7 @@ def _others(
 ) -> Iterator[_Others]:
     spec_json = spec.canonical_json()
     tasks = [
-        _in_bundle(_run_rank, group, rank, f"trial-{spec.id}-rank{rank}").remote(
+        in_bundle(_run_rank, group, rank, f"trial-{spec.id}-rank{rank}").remote(
             spec_json, rank, dict(environment), timeout_s
         )
         for rank in range(1, spec.workers)
@@ -157,7 +157,7 @@ def _run_rank(spec_json: str, rank: int, environment: dict[str, str], timeout_s:
     return done._replace(trace=[], exports={})
 
 
-def _in_bundle(task: Any, group: PlacementGroup, index: int, name: str) -> Any:
+def in_bundle(task: Any, group: PlacementGroup, index: int, name: str) -> Any:
     bundle = group.bundle_specs[index]
     return task.options(
         num_cpus=bundle["CPU"],

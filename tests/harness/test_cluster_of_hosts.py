@@ -81,6 +81,29 @@ def hosts() -> Iterator[Hosts]:
         yield hosts
 
 
+def test_the_doctor_looks_at_each_namespaced_host(hosts: Hosts, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "harness.cli", "doctor", "--address", hosts.address, "--storage"]
+
+    def ask(storage: str) -> tuple[int, str]:
+        process = hosts["head"].run([*command, storage], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return process.wait(STEP_S), process.communicate()[0]
+
+    code, printed = ask(str(tmp_path))
+    assert code == 0, printed
+    for name in hosts.names:
+        assert f"ok    {name}: the versions of this machine; no GPU; 1 CPU for Ray" in printed
+        assert f"ok    {name}: {tmp_path} can be written and read" in printed
+    assert "ok    one trial with its ranks on " in printed
+    assert list(tmp_path.iterdir()) == []
+    # Each host has a folder of its own there.
+    code, printed = ask("/tmp/ray/runs")
+    assert code == 1
+    assert "/tmp/ray/runs is another place there than on the nodes before" in printed
+    code, printed = ask("/proc/runs")
+    assert code == 1
+    assert printed.count("/proc/runs: ") == len(hosts.names)
+
+
 DETACHED = """\
 name: detached
 question: Does it go on by itself?
