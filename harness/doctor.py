@@ -62,7 +62,7 @@ def examine_cluster(address: str, storage: str | None) -> Iterator[Finding]:
         if done.status == "ok":
             yield Finding("ok", f"one trial with its ranks on {done.attempts[0].node} and collectives between them")
         else:
-            remedy = "Nodes must reach each other on all ports; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface."
+            remedy = "Nodes must reach each other on all ports; GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME name interfaces."
             yield Finding("FAIL", f"a tiny trial over two nodes ended as {done.status}: {done.reason}. {remedy}")
 
 
