@@ -50,7 +50,7 @@ class Jobs:
             else:
                 self._todo.append(job)
         self._failures: Counter[str] = Counter()
-        self._looked_s = -float("inf")
+        self._looked_s = self._asked_s = -float("inf")
 
     @property
     def elsewhere(self) -> int:
@@ -60,6 +60,14 @@ class Jobs:
     @property
     def is_over(self) -> bool:
         return not (self._todo or self._elsewhere)
+
+    def are_to_stop(self) -> bool:
+        """Whether somebody has asked for it, as of some seconds ago."""
+        now = self._clock()
+        if now - self._asked_s < BEAT_S / 2:
+            return False
+        self._asked_s = now
+        return self._store.is_asked_to_stop()
 
     def take(self) -> Job | None:
         """The next to start; None when there is none for the moment."""

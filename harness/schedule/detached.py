@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 
 from harness.attempts import recorded
 from harness.errors import ResourceError
-from harness.schedule.placement import place_of
+from harness.schedule.placement import places_of
 from harness.schedule.sweep import run_trials
 from harness.store import RunStore
 from harness.trials import TrialSpec
@@ -24,8 +24,7 @@ START_S = 60.0
 def detach(trials: Sequence[TrialSpec], store: RunStore, timeout_s: float, max_attempts: int) -> str:
     """Leave the trials to a driver in the cluster; returns its name there. Raises ResourceError when a trial fits no
     node, when the run has such a driver already, and when the driver does not start."""
-    for trial in trials:
-        place_of(trial)
+    places_of(trials)
     name = f"run-{hashlib.sha256(store.absolute_uri.encode()).hexdigest()[:12]}"
     try:
         driver = _Driver.options(

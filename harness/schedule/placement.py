@@ -1,5 +1,6 @@
 """What a trial takes of a cluster: all its ranks on one node where one can hold them, else as few nodes as can."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import ray
@@ -23,9 +24,13 @@ class Place(NamedTuple):
         return placement_group([dict(bundle) for bundle in self.bundles], strategy=self.strategy)
 
 
-def place_of(trial: TrialSpec) -> Place:
-    """Raises ResourceError for a trial that fits no node, and whose ranks fit no nodes of the cluster as it is."""
+def places_of(trials: Sequence[TrialSpec]) -> dict[str, Place]:
+    """By id. Raises ResourceError for a trial that fits no node, and whose ranks fit no nodes as the cluster is."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return {trial.id: _place_of(trial, nodes) for trial in trials}
+
+
+def _place_of(trial: TrialSpec, nodes: list[dict[str, float]]) -> Place:
     rank = _rank(trial, any(node.get("GPU", 0) for node in nodes))
     whole = {kind: trial.workers * amount for kind, amount in rank.items()}
     if any(_times(node, whole) for node in nodes):

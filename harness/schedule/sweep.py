@@ -10,7 +10,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from harness.attempts import Job
 from harness.jobs import Jobs, Outcome
-from harness.schedule.placement import Place, place_of
+from harness.schedule.placement import Place, places_of
 from harness.schedule.tasks import Order, submit
 from harness.store import RunStore
 from harness.supervise import WORKER
@@ -50,7 +50,7 @@ def run_trials(
     exports       names of what each trial is to leave beside its record
     worker        the module that runs a trial of one node
     """
-    places = {trial.id: place_of(trial) for trial in trials}
+    places = places_of(trials)
     jobs = Jobs(trials, store, max_attempts)
     order = Order(store.absolute_uri, timeout_s, tuple(sorted(exports)), worker)
     waiting: dict[PlacementGroup, tuple[Job, Place]] = {}
@@ -88,7 +88,7 @@ def run_trials(
                     remove_placement_group(group)
             if not (running or waiting):
                 time.sleep(TICK_S)
-            if store.is_asked_to_stop():
+            if jobs.are_to_stop():
                 raise KeyboardInterrupt
             yield Tick(len(running), jobs.elsewhere, finished)
     finally:

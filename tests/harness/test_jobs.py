@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from harness.attempts import Ended, Job, attempt
-from harness.claims import LEASE_S, Holder, read_claim
+from harness.claims import BEAT_S, LEASE_S, Holder, read_claim
 from harness.jobs import Jobs, Outcome
 from harness.record import Attempt, Record, Status
 from harness.store import RunStore
@@ -208,3 +208,13 @@ def test_a_holder_that_ends_in_the_store_only_is_followed(store: RunStore) -> No
     jobs.look()
     make(jobs, store)
     assert statuses(store, trial) == [("crashed", True), ("ok", False)]
+
+
+def test_a_request_to_stop_is_seen_but_not_looked_for_all_the_time(store: RunStore) -> None:
+    clock = Clock()
+    jobs = Jobs(TRIALS, store, 3, clock=clock)
+    assert not jobs.are_to_stop()
+    store.ask_to_stop()
+    assert not jobs.are_to_stop()
+    clock.now += BEAT_S
+    assert jobs.are_to_stop()

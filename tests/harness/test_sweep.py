@@ -144,12 +144,12 @@ def contents(store: RunStore) -> dict[str, bytes]:
 
 
 def test_a_sweep_that_is_stopped_goes_on_where_it_stopped(revnet: Command, tmp_path: Path) -> None:
-    """Killed in its first trials, interrupted in those that were left, and then let run to its end."""
+    """Killed in its first trials, asked to end in those that were left, and then let run to its end."""
     (tmp_path / "sweep.yaml").write_text(SWEEP)
     command = [sys.executable, "-m", "harness.cli", "run", "sweep.yaml", "--out", "run"]
     store = RunStore(tmp_path / "run")
     kept: dict[str, bytes] = {}
-    for how in (signal.SIGKILL, signal.SIGINT):
+    for how in (signal.SIGKILL, signal.SIGTERM):
         stopped = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
         next(finished_lines(stopped))
         stopped.send_signal(how)
@@ -158,7 +158,7 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_stopped(revnet: Command, tmp_p
         assert {name: now[name] for name in kept} == kept
         assert len(kept) < len(now) < TRIALS
         kept = now
-        if how == signal.SIGINT:
+        if how == signal.SIGTERM:
             assert stopped.returncode == 4
             assert "Go on with: revnet run sweep.yaml --out run" in rest
             assert (tmp_path / "run" / "report.html").exists()
@@ -171,7 +171,7 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_stopped(revnet: Command, tmp_p
     assert {name: now[name] for name in kept} == kept
     attempts = [json.loads(data)["attempts"] for data in now.values()]
     assert [[one["status"] for one in each if not one["lost"]] for each in attempts] == [["ok"]] * TRIALS
-    # Those that ran when the first driver was killed; of an interrupted one no attempt is left.
+    # Those that ran when the first driver was killed; of one that was given back no attempt is left.
     lost = [one for each in attempts for one in each if one["lost"]]
     assert 0 < len(lost) <= 2
     assert all("supervising process was lost" in one["reason"] for one in lost)
