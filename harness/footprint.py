@@ -43,6 +43,10 @@ class Step:
         gc.collect()
         return self.held()
 
+    def take(self) -> None:
+        self.engine.backward(self.forward())
+        self.engine.step()
+
     def held(self) -> dict[str, list[Tensor]]:
         return self.engine.held_tensors() | {"batch": list(self.batch)}
 

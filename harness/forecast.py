@@ -21,7 +21,7 @@ from harness.errors import HarnessError
 from harness.measure.live import Phase
 from harness.predict import Device, PlacePeak, Prediction, StepMemory, step_memory, with_engine
 from harness.trials import TrialSpec
-from harness.zero import ModelSize, gradients_pile_up
+from harness.zero import ModelSize, gradients_pile_up, persistence_threshold
 from revnet_core import UnsupportedError
 from revnet_core.networks import FAMILIES
 from revnet_core.precision import AUTOCAST_DTYPES
@@ -62,6 +62,7 @@ class Shape(NamedTuple):
     autocast: str
     reconstruction: str
     gradients_pile_up: bool
+    persistence_threshold: int
     device: Device
 
 
@@ -142,6 +143,7 @@ def _shape(trial: TrialSpec, device: Device) -> Shape:
         trial.compute if device.kind == "cpu" else str(AUTOCAST_DTYPES[trial.compute]),
         trial.reconstruction,
         gradients_pile_up(trial.zero_stage),
+        persistence_threshold(trial),
         device,
     )
 

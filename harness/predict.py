@@ -17,7 +17,15 @@ from harness.measure.kernels import CpuKernels
 from harness.measure.live import LiveStorages, Phase
 from harness.models import check_model, create, loss_of
 from harness.trials import TrialSpec
-from harness.zero import ModelSize, bucket_bytes, divided, flattened_bytes, gradients_pile_up, held_at_start
+from harness.zero import (
+    ModelSize,
+    bucket_bytes,
+    divided,
+    flattened_bytes,
+    gradients_pile_up,
+    held_at_start,
+    persistence_threshold,
+)
 from revnet_core import UnsupportedError
 from revnet_core.offload import standing_for_a_device
 from revnet_core.precision import AUTOCAST_DTYPES
@@ -174,7 +182,7 @@ def _step_memory(spec: TrialSpec, device: Device) -> StepMemory:
     return StepMemory(
         saved_bytes=saved_bytes,
         peaks=tuple(PlacePeak(*where, peak.level_bytes, peak.operation) for where, peak in live.peaks.items()),
-        model=ModelSize.of(model),
+        model=ModelSize.of(model, persistence_threshold(spec)),
         batch_bytes=sum(tensor.nbytes for tensor in batch),
         blocks=getattr(model, "blocks", None),
     )

@@ -99,6 +99,9 @@ class TraceRow(NamedTuple):
                                                         points, the peak and the forward's end among them
                              parameter_bytes, ...       bytes of each category, those at step start included; absent
                                                         where the step could not be attributed
+    communication  step      communication_s            seconds that collectives were under way
+                             all_reduce_bytes, ...      handed to each collective in one step; index 0
+                             all_reduce_calls, ...      how often it was called in it; index 0
     owners  rank, 0 first    "category: owner"          bytes above step start at the peak of that step; the last may be
                                                         "others"
     drift   block            rel, max_abs, max_ulp      see `revnet_core.BlockDrift`

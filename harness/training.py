@@ -1,4 +1,4 @@
-"""What one rank of a trial does: warm up, time steps, measure one step's memory, follow drift, audit."""
+"""What one rank of a trial does: warm up, time steps, measure memory and communication, follow drift, audit."""
 
 import gc
 import math
@@ -19,6 +19,12 @@ from harness.followed import follow_drift
 from harness.footprint import Step, attribute_footprint, measure_footprint
 from harness.guarded import TrialGuard
 from harness.measure.causes import CAUSE_METRICS, measure_causes
+from harness.measure.communication import (
+    COMMUNICATION_METRICS,
+    communication_rows,
+    measure_communication,
+    summarize_communication,
+)
 from harness.measure.drift import DRIFT_METRICS, measure_drift
 from harness.measure.flops import measure_flops, utilization
 from harness.measure.machine import device_name
@@ -132,18 +138,22 @@ def _train_under_engine(spec: TrialSpec, device: torch.device, guard: TrialGuard
             for index, batch in enumerate(batches[:-1]):
                 x, labels = (tensor.to(device) for tensor in batch)
 
-                def step(x: Tensor = x, labels: Tensor = labels) -> None:
+                def train_step(x: Tensor = x, labels: Tensor = labels) -> None:
                     loss = loss_of(engine.forward(x), labels)
                     engine.backward(loss)
                     engine.step()
                     losses.append(loss.detach())
 
-                seconds = time_step(device, step)
+                seconds = time_step(device, train_step)
                 if index >= spec.warmup_steps:
                     step_s.append(seconds)
         measured_losses = [loss.item() for loss in losses[spec.warmup_steps :]]
         _record_steps(spec, step_s, measured_losses, getattr(model, "tokens_per_sample", None), result)
-        _record_memory(engine, device, batches[-1], result)
+        x, labels = (tensor.to(device) for tensor in batches[-1])
+        step = Step(engine, device, (x, labels), lambda: loss_of(engine.forward(x), labels))
+        _record_memory(step, result)
+        # Last, since it trains on: the steps whose time and memory are told have been taken.
+        _record_communication(spec, step, result)
     finally:
         engine.close()
 
@@ -169,9 +179,7 @@ def _record_steps(
         raise DivergedError(f"the loss of measured step {first} is {losses[first]}")
 
 
-def _record_memory(engine: TrainingEngine, device: torch.device, batch: Batch, result: Result) -> None:
-    x, labels = (tensor.to(device) for tensor in batch)
-    step = Step(engine, device, (x, labels), lambda: loss_of(engine.forward(x), labels))
+def _record_memory(step: Step, result: Result) -> None:
     step_median_s = result.metrics["step_median_s"]
     assert step_median_s
     footprint, plain = measure_footprint(step, step_median_s)
@@ -182,6 +190,17 @@ def _record_memory(engine: TrainingEngine, device: torch.device, batch: Batch, r
     result.unmeasured |= attributed.unmeasured
     result.trace += attributed.trace or footprint.trace
     result.exports |= attributed.exports
+
+
+def _record_communication(spec: TrialSpec, step: Step, result: Result) -> None:
+    if spec.workers == 1:
+        result.unmeasured |= dict.fromkeys(COMMUNICATION_METRICS, "one rank has no other to communicate with")
+        return
+    own = measure_communication(step.take, spec.measured_steps)
+    metrics, unmeasured = summarize_communication(gather(own))
+    result.metrics |= metrics
+    result.unmeasured |= unmeasured
+    result.trace += communication_rows(own)
 
 
 def count_flops(spec: TrialSpec) -> tuple[dict[str, int], dict[str, str]]:

@@ -7,7 +7,7 @@ from torch import nn
 from harness.trials import TrialSpec
 from revnet_core.precision import AUTOCAST_DTYPES
 
-# DeepSpeed's own default: stage 3 keeps parameters of no more elements whole, too.
+# DeepSpeed's own default.
 PERSISTENCE_THRESHOLD = 100_000
 FP32_BYTES = 4
 # DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE, which it has no setting for.
@@ -25,14 +25,14 @@ class ModelSize(NamedTuple):
     largest_bytes: int
 
     @classmethod
-    def of(cls, model: nn.Module) -> "ModelSize":
+    def of(cls, model: nn.Module, persistence_threshold: int) -> "ModelSize":
         parameters = list(model.parameters())
         return cls(
             parameter_count=sum(p.numel() for p in parameters),
             parameter_bytes=sum(p.nbytes for p in parameters),
             trained_bytes=sum(p.nbytes for p in parameters if p.requires_grad),
             buffer_bytes=sum(b.nbytes for b in model.buffers()),
-            small_bytes=sum(p.nbytes for p in parameters if p.numel() <= PERSISTENCE_THRESHOLD),
+            small_bytes=sum(p.nbytes for p in parameters if p.numel() <= persistence_threshold),
             largest_bytes=max((p.nbytes for p in parameters), default=0),
         )
 
@@ -67,6 +67,12 @@ def divided(model: ModelSize, spec: TrialSpec) -> ModelState:
     gradient_bytes = min(trained_bytes, share_bytes + model.largest_bytes) if workers > 1 else trained_bytes
     parameter_bytes = whole_bytes - trained_bytes + share_bytes * workers
     return ModelState(parameter_bytes, gradient_bytes, 2 * share_bytes, model.buffer_bytes)
+
+
+def persistence_threshold(spec: TrialSpec) -> int:
+    """Stage 3 keeps parameters of no more elements whole, too; the same for all trials of the other stages."""
+    given = _options(spec).get("stage3_param_persistence_threshold") if spec.zero_stage == 3 else None
+    return PERSISTENCE_THRESHOLD if given is None else int(given)
 
 
 def held_at_start(state: ModelState, stage: int) -> int:

@@ -1,6 +1,5 @@
 """The memory figures of real trials: each category by arithmetic, and the attribution beside the plain reading."""
 
-from math import ceil
 from pathlib import Path
 
 import pytest
@@ -59,44 +58,6 @@ def test_one_rank_holds_the_model_its_gradients_and_its_momentum(trial: Trial, s
     assert record.unmeasured["reserved_peak_bytes"] == "the CPU's allocator reserves nothing"
     assert metrics["device_used_bytes"] > metrics["allocated_peak_bytes"]
     assert not [name for name in metrics if name.endswith("_rank_spread_bytes")]
-
-
-def held_by_each_of_two(sizes: list[int], stage: int) -> list[dict[str, int]]:
-    """Elements by arithmetic; `sizes` of the parameters."""
-    workers, whole = 2, sum(sizes)
-    if stage == 3:
-        # Each parameter is divided, and padded to equal parts; those below DeepSpeed's threshold stay whole too.
-        partition = sum(ceil(size / workers) for size in sizes)
-        persistent = sum(size for size in sizes if size <= 100_000)
-        # Beside its gradients a rank keeps the bucket, which the harness makes as large as the model.
-        rank = {"parameter": partition + persistent, "gradient": partition + whole, "optimizer": 2 * partition}
-        return [rank, rank]
-    # All parameters end to end, padded so that each rank's part begins at a multiple of four bytes.
-    padded = ceil(whole / (2 * workers)) * 2 * workers
-    partition = padded // workers
-    ranks = []
-    for rank in range(workers):
-        low, high = rank * partition, (rank + 1) * partition
-        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-        # A parameter that lies in both parts has its whole gradient on both ranks.
-        gradient = sum(size for size, end in zip(sizes, ends, strict=True) if end > low and end - size < high)
-        padding = padded - whole if rank == workers - 1 else 0
-        # Master weights and momentum.
-        ranks.append({"parameter": padded, "gradient": gradient + padding, "optimizer": 2 * partition})
-    return ranks
-
-
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_two_ranks_hold_what_zero_leaves_them(trial: Trial, spec: TrialSpec, zero_stage: int) -> None:
-    record = trial(spec, workers=2, zero_stage=zero_stage).record
-    assert record.status == "ok", record.reason
-    ranks = held_by_each_of_two([p.numel() for p in create(spec).parameters()], zero_stage)
-    for category in ("parameter", "gradient", "optimizer"):
-        of_ranks = [rank[category] * FLOAT for rank in ranks]
-        assert record.metrics[f"{category}_bytes"] == max(of_ranks), category
-        assert record.metrics[f"{category}_rank_spread_bytes"] == max(of_ranks) - min(of_ranks), category
-    assert record.metrics["unattributed_peak_bytes"] <= RANDOM_STATES_BYTES
-    assert record.metrics["unmatched_storage_bytes"] == 0
 
 
 def test_a_model_that_cannot_be_attributed_keeps_its_figures(trial: Trial, spec: TrialSpec) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+from pydantic import JsonValue
 
 from harness import forecast
 from harness.forecast import Figures, Surface, Unpredicted
@@ -135,3 +136,12 @@ def test_a_single_point_and_lines_of_two_are_predicted_themselves() -> None:
         found.fill(depths, sizes)
         assert set(found.known) == {(depth, size) for depth in depths for size in sizes}
         assert len(asked) == len(set(asked))
+
+
+def test_trials_that_leave_other_parameters_whole_share_no_prediction() -> None:
+    whole = TrialSpec(model="revnet", depth=14, workers=2, zero_stage=3)
+    options: dict[str, JsonValue] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    divided = whole.model_copy(update={"deepspeed": options})
+    found = forecast.forecast([whole, divided], lambda trial: CPU, processes=1)
+    assert [found[trial.id] for trial in (whole, divided)] == [predict(whole, CPU), predict(divided, CPU)]
+    assert predict(divided, CPU).parameter_bytes < predict(whole, CPU).parameter_bytes / 2

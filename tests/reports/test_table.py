@@ -85,3 +85,21 @@ def test_a_guard_is_in_the_table_where_a_trial_has_one(make_run: Make) -> None:
     assert [row.metrics[largest].text for row in table.rows] == ["n/a", "3.00e-06"]
     plain = make_run([off], name="plain")
     assert not any("guard" in name for name in trials_table(trials_frame(plain), plain.read_records()).spec)
+
+
+def test_communication_has_its_columns_where_ranks_communicate_and_its_reason_where_not(make_run: Make) -> None:
+    headings = ["communication (MiB)", "communication (ms)"]
+    records = [
+        with_metrics(trial(n, depth=depth), communication_bytes=depth * MIB, communication_s=depth / 1000)
+        for n, depth in enumerate((14, 26))
+    ]
+    table = table_of(make_run, records)
+    columns = [[column.heading for column in table.metrics].index(heading) for heading in headings]
+    assert [[row.metrics[column].text for column in columns] for row in table.rows] == [
+        ["14.00", "14.0"],
+        ["26.00", "26.0"],
+    ]
+
+    why = dict.fromkeys(("communication_bytes", "communication_s"), "one rank has no other to communicate with")
+    alone = [trial(n, depth=depth).model_copy(update={"unmeasured": why}) for n, depth in enumerate((14, 26))]
+    assert f"{', '.join(headings)}: n/a, {why['communication_s']}" in table_of(make_run, alone).same
