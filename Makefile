@@ -10,7 +10,7 @@ study: $(VENV)/ready
 	$(BIN)/revnet run quickstart --out runs/quickstart
 
 test: $(VENV)/ready-test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Threads that wait for each other by spinning make a step many times slower while another process uses the cores. Memory
 # that the allocator gives back after one contender's step costs the next one page faults. 99: the profiler is silent.
