@@ -48,15 +48,18 @@ def examine_cluster(address: str, storage: str | None) -> Iterator[Finding]:
 
     with ray_session(address):
         nodes = list(seen_from_each(storage))
-        for node in nodes:
-            yield from _of_node(node, versions(), storage)
-        reached = [node for node in nodes if node.error is None]
+        found = [finding for node in nodes for finding in _of_node(node, versions(), storage)]
         if storage is None:
-            yield Finding("note", "storage was not looked at; give --storage with where runs are to be kept")
-        elif apart := [node.name for node in reached if not node.sees_others]:
-            yield Finding("FAIL", f"{', '.join(apart)}: {storage} is another place there than on the nodes before.")
-        if len(reached) < 2:
+            found.append(Finding("note", "storage was not looked at; give --storage with where runs are to be kept"))
+        elif apart := [node.name for node in nodes if not node.sees_others]:
+            text = f"{', '.join(apart)}: {storage} is another place there than on the nodes before."
+            found.append(Finding("FAIL", text))
+        yield from found
+        if len(nodes) < 2:
             yield Finding("note", "one node, so that no trial can be spread over two")
+            return
+        if any(finding.level == "FAIL" for finding in found):
+            yield Finding("note", "no trial over two nodes was tried; mend the above first")
             return
         done = over_two_nodes(_tiny(workers=2), TRIAL_TIMEOUT_S).record
         if done.status == "ok":

@@ -83,10 +83,10 @@ def test_a_fault_in_our_recompute_is_named_with_its_block(
     replaying = Replay.replaying
 
     @contextlib.contextmanager
-    def faulty(self: Replay) -> Iterator[None]:
+    def faulty(self: Replay, **options: bool) -> Iterator[None]:
         net = self._net
         if not getattr(net, "faulty", False):
-            with replaying(self):
+            with replaying(self, **options):
                 yield
             return
         if fault == "eval":
