@@ -5,6 +5,7 @@ import functools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,21 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 # From a specification and changes of it.
 Trial = Callable[..., Supervised]
 HERE = Path(__file__).resolve().parent
+POLL_S = 0.05
 
 
 def environment() -> dict[str, str]:
     """For a process of this checkout, wherever an installed harness lies."""
     path = os.pathsep.join(map(str, (HERE / "models_of_users", HERE.parent.parent)))
     return os.environ | {"PYTHONPATH": path, "COLUMNS": "200"}
+
+
+def eventually(condition: Callable[[], object], within_s: float = 20.0) -> bool:
+    """Whether it comes to hold."""
+    deadline = time.monotonic() + within_s
+    while not (holds := bool(condition())) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    return holds
 
 
 @pytest.fixture

@@ -4,19 +4,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.harness.conftest import environment
+from tests.harness.conftest import environment, eventually
 from tests.harness.hosts import Host, Process, needs_hosts, network
 
 pytestmark = needs_hosts
 Network = dict[str, Host]
-POLL_S = 0.05
 ALL_REDUCE = """
 import sys
 from datetime import timedelta
@@ -44,13 +42,6 @@ with network(Path(sys.argv[1]), ["a", "b"]) as hosts:
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
     with network(tmp_path_factory.mktemp("hosts"), ["a", "b"]) as hosts:
         yield hosts
-
-
-def eventually(condition: Callable[[], bool], within_s: float = 20.0) -> bool:
-    deadline = time.monotonic() + within_s
-    while not (holds := condition()) and time.monotonic() < deadline:
-        time.sleep(POLL_S)
-    return holds
 
 
 def python(host: Host, program: str, *arguments: str) -> Process:

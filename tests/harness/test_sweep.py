@@ -1,6 +1,7 @@
 """Whole sweeps through the command, under a real Ray: what runs, what is kept, and what becomes of faults."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from harness.exports import EXPORTS
 from harness.record import Record
 from harness.store import RunStore
-from tests.harness.conftest import Command, environment
+from tests.harness.conftest import Command, environment, eventually
 
 FAULTS = """\
 name: faults
@@ -152,6 +153,8 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_stopped(revnet: Command, tmp_p
     for how in (signal.SIGKILL, signal.SIGTERM):
         stopped = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
         next(finished_lines(stopped))
+        # Until the next has begun too: one that is about to end may leave its record yet, and nothing would be lost.
+        assert eventually(lambda: len(store.claim_numbers()) >= min(2, len(os.sched_getaffinity(0))))
         stopped.send_signal(how)
         rest, _ = stopped.communicate(timeout=60)
         now = contents(store)
