@@ -84,6 +84,15 @@ def plan(
     device: Annotated[
         DeviceKind | None, typer.Option(help="Predict for it; by default the one that trials would run on here.")
     ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="What fits where on it and how long it takes.", metavar="64x8xH200-141GB")
+    ] = None,
+    earlier: Annotated[
+        list[str] | None, typer.Option("--from", help="With --cluster: a run to take times from.", metavar="RUN")
+    ] = None,
+    beside: Annotated[
+        float | None, typer.Option(min=0, help="With --cluster: s of a trial beside its steps where none was measured.")
+    ] = None,
 ) -> None:
     """Check a study, predict the memory of its trials, and list which of them are done; starts nothing."""
     from harness.forecast import forecast
@@ -92,12 +101,22 @@ def plan(
     from harness.store import RunStore
 
     memory_bytes = _memory(memory)
+    if cluster is not None:
+        _refuse({"--memory": memory, "--device": device}, "--cluster says what it is. Leave it out.")
+    else:
+        _refuse({"--from": " ".join(earlier or ()) or None, "--beside": beside}, "it belongs to --cluster. Give both.")
     loaded, trials = _load(study)
+    store = RunStore(out or _default_out(loaded))
+    if cluster is not None:
+        from harness.cluster.plan import plan_on
+
+        plan_on(cluster, trials, store, [_open_run(run) for run in earlier or ()], beside)
+        return
 
     def chosen(trial: "TrialSpec") -> Device:
         return Device(device.value, trial.resources.cpus_per_worker) if device else device_of(trial)
 
-    print_plan(trials, forecast(trials, chosen), RunStore(out or _default_out(loaded)).finished_ids(), memory_bytes)
+    print_plan(trials, forecast(trials, chosen), store.finished_ids(), memory_bytes)
 
 
 @app.command()

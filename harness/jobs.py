@@ -28,7 +28,7 @@ class Outcome(NamedTuple):
 
 
 class Jobs:
-    """The trials, largest first, so that no long one is left for the end."""
+    """The trials, largest first."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Jobs:
         finished, claimed = store.finished_ids(), store.claim_numbers()
         self._todo: deque[Job] = deque()
         self._elsewhere: dict[str, Job] = {}
-        for trial in sorted(trials, key=_size, reverse=True):
+        for trial in largest_first(trials):
             seen = recorded(store, trial.id) if trial.id in finished else 0
             job = Job(trial, seen, seen, max_attempts)
             if any(number >= seen for number in claimed.get(trial.id, ())):
@@ -129,7 +129,11 @@ class Jobs:
         return self.ended(following, give_up(following, self._store))
 
 
-def _size(trial: TrialSpec) -> int:
-    """What its time grows with, for trials of one study."""
-    steps = trial.warmup_steps + trial.measured_steps + 2 * trial.drift_steps
-    return (trial.depth or 1) * trial.batch_size * trial.data.image_size**2 * (steps + 1)
+def largest_first(trials: Sequence[TrialSpec]) -> list[TrialSpec]:
+    """By what a trial's time grows with, for trials of one study; so that no long one is left for the end."""
+
+    def size(trial: TrialSpec) -> int:
+        steps = trial.warmup_steps + trial.measured_steps + 2 * trial.drift_steps
+        return (trial.depth or 1) * trial.batch_size * trial.data.image_size**2 * (steps + 1)
+
+    return sorted(trials, key=size, reverse=True)

@@ -46,6 +46,11 @@ class Fit(NamedTuple):
         return cls("no", f"{in_words(needed_bytes)}, {in_words(size_bytes)} of it {name}")
 
 
+def wide_console() -> Console:
+    """As wide as its content where nobody sees it: a file or a pipe has no width."""
+    return Console(width=None if Console().is_terminal else 200)
+
+
 def print_plan(
     trials: Sequence[TrialSpec], predictions: Predictions, done: Collection[str], memory_bytes: int | None
 ) -> None:
@@ -53,8 +58,7 @@ def print_plan(
 
     memory_bytes  of a rank's device; None: as the study's resources say, and no verdict where they say nothing
     """
-    # As wide as its content where nobody sees it: a file or a pipe has no width.
-    console = Console(width=None if Console().is_terminal else 200)
+    console = wide_console()
     varying = [name for name in AXES if len({trial.value(name) for trial in trials}) > 1]
     fits = {trial.id: _fit(trial, predictions[trial.id], memory_bytes) for trial in trials}
     with_fits = any(fits.values())

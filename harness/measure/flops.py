@@ -86,6 +86,9 @@ class FlopCount(TorchDispatchMode):
             raise UncountedError("the forward has no matrix product, convolution or attention")
         return StepFlops(self._forward, self._flops)
 
+    def ran(self, func: Any, arguments: Any, out: Any, flops: int) -> None:
+        """Told of each operation that is not made of others, when it has run; for who counts more than this."""
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -98,9 +101,10 @@ class FlopCount(TorchDispatchMode):
             if out is not NotImplemented:
                 return out
         out = func(*args, **kwargs)
-        if formula is not None:
-            self._flops += formula(*args, **kwargs, out_val=out)
-        elif func.namespace not in _TORCH_S_OWN or _PRODUCT.search(func._overloadpacket.__name__):
+        flops = 0 if formula is None else formula(*args, **kwargs, out_val=out)
+        self._flops += flops
+        self.ran(func, (args, kwargs), out, flops)
+        if formula is None and (func.namespace not in _TORCH_S_OWN or _PRODUCT.search(func._overloadpacket.__name__)):
             self.unknown.add(f"torch.ops.{func._overloadpacket}")
         return out
 

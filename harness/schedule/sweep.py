@@ -10,14 +10,13 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from harness.attempts import Job
 from harness.jobs import Jobs, Outcome
-from harness.schedule.placement import Place, places_of
+from harness.placing import WAITING_PLACES, Place
+from harness.schedule.placement import places_of, reserve
 from harness.schedule.tasks import Order, submit
 from harness.store import RunStore
 from harness.supervise import WORKER
 from harness.trials import TrialSpec
 
-# Placement groups that wait for room; enough that no core idles, few enough that a sweep of thousands starts at once.
-WAITING_GROUPS = 4
 TICK_S = 0.5
 STOP_S = 15.0
 
@@ -62,9 +61,9 @@ def run_trials(
     try:
         while waiting or running or not jobs.is_over:
             finished = jobs.look()
-            while len(waiting) < WAITING_GROUPS and (job := jobs.take()):
+            while len(waiting) < WAITING_PLACES and (job := jobs.take()):
                 place = places[job.trial.id]
-                waiting[place.reserve()] = job, place
+                waiting[reserve(place)] = job, place
             for group in [group for group in waiting if group.wait(timeout_seconds=0 if running else TICK_S)]:
                 start(*waiting.pop(group), group)
             ready, _ = ray.wait(list(running), num_returns=1, timeout=TICK_S) if running else ([], [])

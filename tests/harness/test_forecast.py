@@ -6,8 +6,9 @@ import pytest
 from pydantic import JsonValue
 
 from harness import forecast
-from harness.forecast import Figures, Surface, Unpredicted
+from harness.forecast import Unpredicted
 from harness.predict import Device, Prediction, predict
+from harness.surface import TOLERANCE, Figures, Surface
 from harness.trials import DataSpec, TrialSpec
 
 CPU, GPU = Device("cpu"), Device("cuda")
@@ -56,9 +57,9 @@ def test_what_is_interpolated_is_what_the_trial_itself_predicts(
     for trial in wanted[::3]:
         itself, told = predict(trial, device), found[trial.id]
         assert isinstance(told, Prediction)
-        rounding = 0 if device == CPU else forecast.TOLERANCE  # a GPU's allocations come in granules
+        rounding = 0 if device == CPU else TOLERANCE  # a GPU's allocations come in granules
         assert told.activation_saved_bytes == pytest.approx(itself.activation_saved_bytes, rel=rounding)
-        assert told.activation_peak_bytes == pytest.approx(itself.activation_peak_bytes, rel=forecast.TOLERANCE)
+        assert told.activation_peak_bytes == pytest.approx(itself.activation_peak_bytes, rel=TOLERANCE)
         assert told.parameter_bytes == itself.parameter_bytes
         assert told.blocks == itself.blocks
 
