@@ -77,9 +77,9 @@ def test_records_tell_the_times_of_what_is_left(study: Path, revnet_here: Comman
 
 
 def test_what_does_not_fit_the_device_ends_early(study: Path, revnet_here: Command) -> None:
-    done = revnet_here("plan", "small.yaml", "--cluster", "1x4xH200-0.001GB+1x4xH200-141GB/64cores")
+    done = revnet_here("plan", "small.yaml", "--cluster", "1x4xH200-0.0001GB+1x4xH200-141GB/64cores")
     assert "8 trials fit some of these devices and not others" in done.stdout
-    none = revnet_here("plan", "small.yaml", "--cluster", "2x2xH200-0.001GB", "--beside", "7")
+    none = revnet_here("plan", "small.yaml", "--cluster", "2x2xH200-0.0001GB", "--beside", "7")
     assert "12 predicted not to fit" in none.stdout
     assert "8 trials are left out, since their time is not known: no earlier record" in none.stdout
 
