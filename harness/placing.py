@@ -3,6 +3,7 @@
 Knows no Ray: the scheduler asks for such places, and `revnet plan --cluster` goes through a sweep in them.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -12,6 +13,8 @@ from harness.trials import TrialSpec
 # Trials that wait for room at a time, in the order of the sweep; the first that fits gets it. Enough that no core
 # idles, few enough that a sweep of thousands starts at once.
 WAITING_PLACES = 4
+# Of a core or a GPU, as Ray counts them.
+GRAINS = 10_000
 # By kind, "CPU" and "GPU": how many a node has, or a rank takes.
 Amounts = Mapping[str, float]
 
@@ -45,12 +48,17 @@ def place_of(trial: TrialSpec, nodes: Sequence[Amounts]) -> Place:
 def amounts_of_rank(trial: TrialSpec, has_gpus: bool) -> dict[str, float]:
     gpus = trial.resources.gpus_per_worker
     gpus = int(has_gpus) if gpus is None else gpus
-    return {"CPU": float(trial.resources.cpus_per_worker)} | ({"GPU": float(gpus)} if gpus else {})
+    wanted = {"CPU": float(trial.resources.cpus_per_worker)} | ({"GPU": float(gpus)} if gpus else {})
+    # No more digits than Ray counts in, rounded so that as many fit as are to share.
+    return {
+        kind: math.floor(GRAINS * amount / trial.resources.trials_per_device) / GRAINS
+        for kind, amount in wanted.items()
+    }
 
 
 def times(node: Amounts, wanted: Amounts) -> int:
     """How often it fits."""
-    return int(min(node.get(kind, 0) // amount for kind, amount in wanted.items()))
+    return min(round(GRAINS * node.get(kind, 0)) // round(GRAINS * amount) for kind, amount in wanted.items())
 
 
 def _in_words(nodes: Sequence[Amounts]) -> str:

@@ -15,14 +15,14 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from harness.errors import DataError, ModelError, StudyError
 from harness.places import Loc, Places, dotted
 from harness.sizes import Memory
 from harness.study_faults import describe, did_you_mean
 from harness.study_values import Axes, Condition, Settings, SomeAxes, ZippedAxes, fault_at
-from harness.trials import AXES, DATA_AXES, DataSpec, DeepSpeedConfig, TrialSpec
+from harness.trials import AXES, DATA_AXES, MOST_SHARING, DataSpec, DeepSpeedConfig, TrialSpec
 from harness.yaml_lines import read_yaml
 
 SHIPPED = Path(__file__).resolve().parent.parent / "studies"
@@ -47,8 +47,24 @@ class StudyResources(_Inert):
     gpus_per_worker: int | None = Field(default=None, ge=0, description="null: one where there are GPUs, else none")
     cpus_per_worker: int = Field(default=1, ge=1)
     memory: Memory = Field(default=None, description="bytes; null: no limit")
+    trials_per_device: int = Field(
+        default=1, ge=1, le=MOST_SHARING, description="trials on the same cores and GPU, untimed"
+    )
     timeout_s: float = Field(default=900, gt=0, allow_inf_nan=False)
     max_attempts: int = Field(default=3, ge=1, description="of a trial whose node or process is lost")
+
+    @model_validator(mode="after")
+    def _share_with_care(self) -> "StudyResources":
+        faults: list[InitErrorDetails] = []
+        if self.trials_per_device > 1 and self.memory is None:
+            problem = "trials that share a device are each held to resources.memory. Give it, such as 8GiB."
+            faults.append(fault_at(problem, ("trials_per_device",), self.trials_per_device))
+        if self.trials_per_device > 1 and (self.gpus_per_worker or 0) > 1:
+            problem = "trials that share a device have no more than one GPU. Set gpus_per_worker to 1 or leave it out."
+            faults.append(fault_at(problem, ("trials_per_device",), self.trials_per_device))
+        if faults:
+            raise ValidationError.from_exception_data("resources", faults)
+        return self
 
 
 class Study(_Inert):
@@ -223,6 +239,11 @@ def check_trials(study: Study, trials: Sequence[TrialSpec]) -> None:
             check_model(trial.model, trial.depth, trial.channels, trial.log_scale_gain)
         except ModelError as error:
             faults[_at_its_place(study, trial, str(error), otherwise="model")] = None
+    if any(trial.workers > 1 and trial.resources.trials_per_device > 1 for trial in trials):
+        faults[
+            f"{study.place('resources', 'trials_per_device')} = {study.resources.trials_per_device}; some trials have "
+            "several ranks, each with a device of its own. Leave it out, or keep workers at 1."
+        ] = None
     for trial in {trial.data: trial for trial in trials}.values():
         try:
             check_data(trial.data.name, trial.data.path, trial.data.image_size)

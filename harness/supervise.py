@@ -12,11 +12,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from harness.cores import CORES, held_cores
 from harness.exports import exports_environment
 from harness.ranks import TAKEN_BACK, signal_name
 from harness.record import Attempt, Record, Status, TraceRow
@@ -78,7 +79,8 @@ def supervise(
 
     Whatever ends this call early (KeyboardInterrupt, say) ends the trial's processes too.
     """
-    with tempfile.TemporaryDirectory(prefix=f"revnet-{spec.id}-") as scratch:
+    given = dict(environment or {})
+    with tempfile.TemporaryDirectory(prefix=f"revnet-{spec.id}-") as scratch, held_cores(_cores(spec, given)) as cores:
         spec_path, out, log_path = Path(scratch, "spec.json"), Path(scratch, "run"), Path(scratch, "log")
         spec_path.write_text(spec.canonical_json())
         started_at, start = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
@@ -89,7 +91,7 @@ def supervise(
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=_environment(spec) | exports_environment(exports) | dict(environment or {}),
+                env=_environment(spec, cores) | exports_environment(exports) | given,
                 start_new_session=True,
             )
             verdict: Verdict | None = None
@@ -142,7 +144,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _environment(spec: TrialSpec) -> dict[str, str]:
+def _cores(spec: TrialSpec, environment: Mapping[str, str]) -> int:
+    """As many as it computes on here. None of those that share theirs."""
+    ranks = 1 if "RANK" in environment else spec.workers
+    return 0 if spec.resources.trials_per_device > 1 else ranks * spec.resources.cpus_per_worker
+
+
+def _environment(spec: TrialSpec, cores: Sequence[int]) -> dict[str, str]:
     threads = str(spec.resources.cpus_per_worker)
     # Threads that wait by spinning make a step up to ten times longer where another process shares their cores.
     unless_set = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -152,6 +160,7 @@ def _environment(spec: TrialSpec) -> dict[str, str]:
         **unless_set,
         **os.environ,
         PARENT_PID: str(os.getpid()),
+        CORES: ",".join(map(str, cores)),
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "PYTHONUNBUFFERED": "1",

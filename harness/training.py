@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from harness.data import CHANNELS, load_data
 from harness.engine import TrainingEngine, gather, join_ranks, leave_ranks, pick_device, set_compute
-from harness.errors import PredictionError
+from harness.errors import PredictionError, ResourceError
 from harness.exports import asked_exports
 from harness.followed import follow_drift
 from harness.footprint import Step, attribute_footprint, measure_footprint
@@ -32,6 +32,7 @@ from harness.measure.timing import summarize, time_step
 from harness.models import check_model, create, loss_of
 from harness.predict import PREDICTED_METRICS, Device, predict
 from harness.record import TraceRow
+from harness.sizes import in_words
 from harness.trials import TrialSpec
 from revnet_core import UnsupportedError
 from revnet_core.precision import AUTOCAST_DTYPES
@@ -71,6 +72,7 @@ def train(spec: TrialSpec, scratch: Path, result: Result) -> None:
     result.metrics |= counted
     result.unmeasured |= uncounted
     _record_prediction(spec, device, result)
+    _check_share(spec, device)
     limit_memory(device, spec.resources.memory_bytes)
     join_ranks(device, scratch)
     guard = TrialGuard(spec)
@@ -212,6 +214,19 @@ def count_flops(spec: TrialSpec) -> tuple[dict[str, int], dict[str, str]]:
 
     image_shape = spec.batch_size, CHANNELS, spec.data.image_size, spec.data.image_size
     return measure_flops(build, spec.activations, loss_of, image_shape, autocast=AUTOCAST_DTYPES[spec.compute])
+
+
+def _check_share(spec: TrialSpec, device: torch.device) -> None:
+    """Raises ResourceError where those that share a GPU could together want more than it has."""
+    count, memory_bytes = spec.resources.trials_per_device, spec.resources.memory_bytes or 0
+    if device.type == "cpu" or count == 1:
+        return
+    total_bytes = torch.cuda.get_device_properties(device).total_memory
+    if count * memory_bytes > total_bytes:
+        raise ResourceError(
+            f"resources.trials_per_device = {count}; so many trials with resources.memory {in_words(memory_bytes)} "
+            f"each do not fit the GPU's {in_words(total_bytes)}. Lower one of the two."
+        )
 
 
 def limit_memory(device: torch.device, memory_bytes: int | None) -> None:

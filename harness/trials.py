@@ -85,6 +85,10 @@ class _Inert(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+# Trials on one device; Ray counts in ten-thousandths.
+MOST_SHARING = 64
+
+
 class DataSpec(_Inert):
     """What the trial trains on; `path` null is the sample that ships with the harness."""
 
@@ -99,6 +103,15 @@ class TrialResources(_Inert):
     gpus_per_worker: int | None = Field(default=None, ge=0, description="null: one where there are GPUs, else none")
     cpus_per_worker: int = Field(default=1, ge=1)
     memory_bytes: int | None = Field(default=None, ge=1, description="null: no limit")
+    trials_per_device: int = Field(
+        default=1, ge=1, le=MOST_SHARING, description="trials on the same cores and GPU, untimed"
+    )
+
+    @model_serializer(mode="wrap")
+    def _say_nothing_of_one(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # So that a trial that has its device to itself keeps the id that it had before devices were shared.
+        content = serialize(self)
+        return {name: value for name, value in content.items() if name != "trials_per_device" or value > 1}
 
 
 class TrialSpec(_Inert):
@@ -247,6 +260,7 @@ def _base(study: "Study") -> Row:
         gpus_per_worker=study.resources.gpus_per_worker,
         cpus_per_worker=study.resources.cpus_per_worker,
         memory_bytes=study.resources.memory,
+        trials_per_device=study.resources.trials_per_device,
     )
     data = {f"data.{name}": value for name, value in study.data}
     sections = {"resources": resources, "deepspeed": study.deepspeed}

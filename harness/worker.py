@@ -22,9 +22,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from harness.cores import bind
 from harness.errors import HarnessError
 from harness.exports import asked_exports
 from harness.record import RESULT_STATUSES, Attempt, Record, Status, TraceRow, as_metrics
+from harness.sharing import withhold_shared
 from harness.store import RunStore
 from harness.trials import TrialSpec
 
@@ -51,6 +53,7 @@ def main(arguments: list[str]) -> int:
     try:
         asked_exports()
         spec = read_spec(Path(arguments[0]))
+        bind(spec.resources.cpus_per_worker)
         store = RunStore(arguments[1])
         if spec.workers > 1 and "RANK" not in os.environ:
             from harness.ranks import run_ranks
@@ -101,6 +104,7 @@ def run_trial(spec: TrialSpec) -> Finished:
         status, reason = classify(error)
         if status == "oom" and spec.resources.memory_bytes is not None:
             reason = f"over the limit of {spec.resources.memory_bytes / 2**20:.0f} MiB: {reason}"
+    withhold_shared(result, spec.resources.trials_per_device)
     metrics, unmeasured = as_metrics(result.metrics, result.unmeasured)
     attempt = Attempt(
         status=status,

@@ -142,7 +142,7 @@ class Durations:
         device = "CPU" if not on_gpu else gpu.driver_name if gpu is not None else group.kind
         found = self._earlier.estimate(trial, work.product_flops, device)
         if found is not None:
-            return found
+            return _shared(trial, found)
         if not on_gpu:
             return "no earlier record of such a trial on a CPU, of which no roofline is known. Give one with --from."
         if gpu is None:
@@ -152,7 +152,13 @@ class Durations:
         step_s = roofline_s(trial, work, gpu, spread=spread)
         if step_s is None:
             return f"a {gpu.driver_name} has no {trial.compute}"
-        return Estimate(step_s, self._beside_s, "roofline")
+        return _shared(trial, Estimate(step_s, self._beside_s, "roofline"))
+
+
+def _shared(trial: TrialSpec, alone: Estimate) -> Estimate:
+    """Of a trial that shares its device: as if all who do took turns."""
+    times = trial.resources.trials_per_device
+    return alone._replace(step_s=times * alone.step_s, beside_s=times * alone.beside_s)
 
 
 def roofline_s(trial: TrialSpec, work: StepWork, gpu: Gpu, *, spread: bool) -> float | None:

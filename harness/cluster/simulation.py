@@ -72,7 +72,8 @@ class Nodes:
         self._in_state[state].discard(node)
         if not self._in_state[state]:
             del self._in_state[state]
-        changed = kind, cores + sign * bundle.get("CPU", 0), gpus + sign * bundle.get("GPU", 0)
+        # Shares of a core or a GPU add up to whole ones again.
+        changed = kind, round(cores + sign * bundle.get("CPU", 0), 6), round(gpus + sign * bundle.get("GPU", 0), 6)
         self._states[node] = changed
         self._in_state[changed].add(node)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from harness.cores import cores_held
 from harness.measure.gpu import describe_gpu
 
 PACKAGES = ("torch", "deepspeed", "ray", "numpy", "scipy", "revnet-harness")
@@ -35,6 +36,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
     memory_bytes  of the whole host
     cpu_mhz       of the fastest core at this moment; cpu_max_mhz what a core can reach; cpu_governor who decides
+    own_cores     those that no other trial had meanwhile; all ranks of this node together
     load_average  processes that ran or wanted to, over the last minute, this one among them
     environment   settings that change the figures, where they are set
 
@@ -50,6 +52,8 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
     }
     machine["device_name"] = device_name(device)
+    if cores := cores_held():
+        machine["own_cores"] = cores
     machine |= _cpu_clock()
     with contextlib.suppress(OSError):
         machine["load_average"] = round(os.getloadavg()[0], 2)

@@ -60,6 +60,11 @@ def hungry(*, num_classes: int, **options: Any) -> nn.Module:
     return Linear(num_classes, lambda: [kept.append(torch.ones(2**22)) for _ in range(512)])
 
 
+def affinity(*, num_classes: int, **options: Any) -> nn.Module:
+    """Goes not wrong, but says where it computes."""
+    return Linear(num_classes, lambda: print("computes on", sorted(os.sched_getaffinity(0))))
+
+
 def reads(*, num_classes: int, **options: Any) -> nn.Module:
     """Decides by a value, which a tensor without contents does not have."""
     model = Linear(num_classes, lambda: model.linear.bias.sum().item() > 0)
