@@ -304,8 +304,8 @@ def _refuse(options: dict[str, object], why: str) -> None:
 
 
 def _load(study: str) -> "tuple[Study, list[TrialSpec]]":
+    from harness.expansion import expand
     from harness.study import check_trials, load_study
-    from harness.trials import expand
 
     loaded = load_study(study)
     trials = expand(loaded)

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import typer
 
 from harness.confirm import as_study, confirm, search_name
+from harness.expansion import expand
 from harness.find import (
     Axis,
     Limit,
@@ -24,7 +25,7 @@ from harness.find_view import CONFIRMED, outcome, print_found, searched
 from harness.planning import statuses_of
 from harness.store import RunStore
 from harness.study import StudyResources, check_trials, load_study
-from harness.trials import TrialSpec, expand
+from harness.trials import TrialSpec
 
 
 class Question(NamedTuple):

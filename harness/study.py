@@ -22,9 +22,20 @@ from harness.places import Loc, Places, dotted
 from harness.sizes import Memory
 from harness.study_faults import describe, did_you_mean
 from harness.study_values import Axes, Condition, Settings, SomeAxes, ZippedAxes, fault_at
-from harness.trials import AXES, DATA_AXES, MOST_SHARING, DataSpec, DeepSpeedConfig, TrialSpec
-from harness.yaml_lines import read_yaml
+from harness.trials import (
+    AXES,
+    DATA_AXES,
+    MOST_COMBINATIONS,
+    MOST_CORES,
+    MOST_GPUS,
+    MOST_SHARING,
+    DataSpec,
+    DeepSpeedConfig,
+    TrialSpec,
+)
+from harness.yaml_lines import MOST_BYTES, read_yaml
 
+YEAR_S = 365 * 86_400
 SHIPPED = Path(__file__).resolve().parent.parent / "studies"
 
 
@@ -44,14 +55,16 @@ class When(_Inert):
 class StudyResources(_Inert):
     """What each rank of each trial gets, and how long a trial may take."""
 
-    gpus_per_worker: int | None = Field(default=None, ge=0, description="null: one where there are GPUs, else none")
-    cpus_per_worker: int = Field(default=1, ge=1)
+    gpus_per_worker: int | None = Field(
+        default=None, ge=0, le=MOST_GPUS, description="null: one where there are GPUs, else none"
+    )
+    cpus_per_worker: int = Field(default=1, ge=1, le=MOST_CORES)
     memory: Memory = Field(default=None, description="bytes; null: no limit")
     trials_per_device: int = Field(
         default=1, ge=1, le=MOST_SHARING, description="trials on the same cores and GPU, untimed"
     )
-    timeout_s: float = Field(default=900, gt=0, allow_inf_nan=False)
-    max_attempts: int = Field(default=3, ge=1, description="of a trial whose node or process is lost")
+    timeout_s: float = Field(default=900, gt=0, le=YEAR_S, allow_inf_nan=False)
+    max_attempts: int = Field(default=3, ge=1, le=1000, description="of a trial whose node or process is lost")
 
     @model_validator(mode="after")
     def _share_with_care(self) -> "StudyResources":
@@ -81,7 +94,7 @@ class Study(_Inert):
     exclude: list[Condition] = []
     # After the axes, which its defaults depend on.
     fixed: Settings = Field(default={}, validate_default=True)
-    repeats: int = Field(default=1, ge=1)
+    repeats: int = Field(default=1, ge=1, le=MOST_COMBINATIONS)
     resources: StudyResources = StudyResources()
     deepspeed: DeepSpeedConfig = {}
 
@@ -216,7 +229,9 @@ def load_study(path_or_name: str | Path) -> Study:
             f"Give a YAML file, or one of the shipped studies: {', '.join(known)}."
         )
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        # One byte more than is allowed, so that what is read of a file that is too large is refused as such.
+        with path.open("rb") as file:
+            text = file.read(MOST_BYTES + 1).decode("utf-8-sig", errors="strict")
     except (OSError, UnicodeDecodeError) as error:
         raise StudyError(f"{path}: cannot be read as UTF-8 text ({error}). Correct the file.") from None
     return Study.from_yaml(text, str(path))

@@ -1,9 +1,7 @@
-"""The specification of one trial, and how a study expands into trials."""
+"""The specification of one trial: everything that decides its outcome."""
 
 import hashlib
-import itertools
 import json
-from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
@@ -20,15 +18,12 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from harness.errors import StudyError
-from harness.places import Loc, Places
+from harness.places import Places
 from harness.sizes import Memory
-from harness.study_faults import describe, shown
+from harness.study_faults import describe
 
 if TYPE_CHECKING:
-    from harness.study import Study
-
-# A trial before it is checked as a whole: a value for each of AXES, and the sections that are no axes.
-Row = dict[str, Any]
+    pass
 
 # The harness derives these from the trial; two sources for one value could disagree.
 DEEPSPEED_SET_BY_HARNESS: tuple[tuple[str, ...], ...] = (
@@ -69,8 +64,10 @@ def _refuse_infinite(config: dict[str, JsonValue]) -> dict[str, JsonValue]:
 
 Activations = Literal["stored", "checkpointed", "offloaded", "reconstructed", "budgeted"]
 # YAML and JSON have lists; a trial is hashable.
+Width = Annotated[int, Field(ge=1, le=2**20)]
 Channels = Annotated[
-    tuple[Annotated[int, Field(ge=1)], ...] | None, BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
+    Annotated[tuple[Width, ...], Field(max_length=64)] | None,
+    BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v),
 ]
 Compute = Literal["fp32", "tf32", "bf16", "fp16"]
 Reconstruction = Literal["fp64", "fp32", "bf16", "fp16", "exact"]
@@ -85,6 +82,10 @@ class _Inert(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+# Of axes, `when` and repeats, before `exclude`.
+MOST_COMBINATIONS = 100_000
+# Far beyond what anybody has asked for, and far below what would take a machine down with it.
+MOST_STEPS, MOST_SAMPLES, MOST_CORES, MOST_GPUS = 10**7, 2**24, 2**12, 2**10
 # Trials on one device; Ray counts in ten-thousandths.
 MOST_SHARING = 64
 
@@ -94,14 +95,16 @@ class DataSpec(_Inert):
 
     name: str = Field(default="cifar10", min_length=1)
     path: str | None = Field(default=None, min_length=1)
-    image_size: int = Field(default=32, ge=1, description="pixels, height and width")
+    image_size: int = Field(default=32, ge=1, le=2**14, description="pixels, height and width")
 
 
 class TrialResources(_Inert):
     """What each rank of a trial gets."""
 
-    gpus_per_worker: int | None = Field(default=None, ge=0, description="null: one where there are GPUs, else none")
-    cpus_per_worker: int = Field(default=1, ge=1)
+    gpus_per_worker: int | None = Field(
+        default=None, ge=0, le=MOST_GPUS, description="null: one where there are GPUs, else none"
+    )
+    cpus_per_worker: int = Field(default=1, ge=1, le=MOST_CORES)
     memory_bytes: int | None = Field(default=None, ge=1, description="null: no limit")
     trials_per_device: int = Field(
         default=1, ge=1, le=MOST_SHARING, description="trials on the same cores and GPU, untimed"
@@ -118,28 +121,34 @@ class TrialSpec(_Inert):
     """Everything that decides a trial's outcome, and nothing else: equal content, equal id."""
 
     model: str = Field(min_length=1, description="a registered family, or package.module:factory")
-    depth: int | None = Field(default=38, ge=1, description="as the family counts it; null for a user's own factory")
+    depth: int | None = Field(
+        default=38, ge=1, le=100_000, description="as the family counts it; null for a user's own factory"
+    )
     channels: Channels = Field(default=None, description="width of each stage; null: the family's own")
     log_scale_gain: float | None = Field(
         default=None, ge=0, allow_inf_nan=False, description="of couplings that multiply; null: the family's own"
     )
     data: DataSpec = DataSpec()
-    batch_size: int = Field(default=32, ge=1, description="samples per rank and step")
+    batch_size: int = Field(default=32, ge=1, le=MOST_SAMPLES, description="samples per rank and step")
     activations: Activations = "reconstructed"
     budget_bytes: Memory = Field(default=None, description="of the network's activations where they are budgeted")
     compute: Compute = "fp32"
     reconstruction: Reconstruction = "fp32"
     zero_stage: int = Field(default=0, ge=0, le=3)
-    workers: int = Field(default=1, ge=1)
-    warmup_steps: int = Field(default=2, ge=0)
-    measured_steps: int = Field(default=5, ge=1)
-    audit_batch_size: int = Field(default=16, ge=0, description="samples of the drift and gradient audit; 0: none")
+    workers: int = Field(default=1, ge=1, le=2**16)
+    warmup_steps: int = Field(default=2, ge=0, le=MOST_STEPS)
+    measured_steps: int = Field(default=5, ge=1, le=MOST_STEPS)
+    audit_batch_size: int = Field(
+        default=16, ge=0, le=MOST_SAMPLES, description="samples of the drift and gradient audit; 0: none"
+    )
     amplification: bool = Field(
         default=False, description="whether the audit also looks for the causes of drift, block by block"
     )
-    drift_steps: int = Field(default=0, ge=0, description="of a training over which drift is followed; 0: none")
+    drift_steps: int = Field(
+        default=0, ge=0, le=MOST_STEPS, description="of a training over which drift is followed; 0: none"
+    )
     drift_audits: int = Field(
-        default=11, ge=2, description="audits on the way, before the first step and after the last"
+        default=11, ge=2, le=MOST_STEPS, description="audits on the way, before the first step and after the last"
     )
     guard_every: int = Field(
         default=0, ge=0, description="training steps from one comparison of a rebuilt block to the next; 0: no guard"
@@ -212,120 +221,3 @@ def axis_value(key: str, value: object) -> Any:
     section, _, field = key.rpartition(".")
     given = {section: {field: value}} if section else {field: value}
     return TrialSpec.model_validate({"model": "any"} | given).value(key)
-
-
-def expand(study: "Study") -> list[TrialSpec]:
-    """The trials of a study in the order written: grid axes outermost, then zip groups, `when`, seeds.
-
-    A trial that comes up twice is kept once, where it came first. Raises StudyError when a `when` or an
-    `exclude` matches nothing, when two `when` set the same key of one combination, or when no trial is left.
-    """
-    groups: list[list[Row]] = [[{key: value} for value in values] for key, values in study.grid.items()]
-    groups += [_together(group) for group in study.zip]
-    rows = _apply_when(study, [_base(study) | row for row in _product(groups)])
-    if study.repeats > 1:
-        rows = [row | {"seed": seed} for row in rows for seed in range(study.repeats)]
-    rows = _apply_exclude(study, rows)
-    _check_budgets(study, rows)
-    trials: dict[str, TrialSpec] = {}
-    for trial in map(_trial, rows):
-        trials.setdefault(trial.id, trial)
-    if not trials:
-        raise StudyError(
-            f"{study.place('exclude')}; it drops every combination, so that no trial is left. Remove an entry of it."
-        )
-    return list(trials.values())
-
-
-def _check_budgets(study: "Study", rows: list[Row]) -> None:
-    """Raises StudyError for a combination that has a budget and no use for it, or the other way round."""
-    for row in rows:
-        budgeted, given = row["activations"] == "budgeted", row["budget_bytes"] is not None
-        if budgeted and not given:
-            raise StudyError(
-                f"{study.where('activations', 'budgeted')} = 'budgeted'; it needs budget_bytes, such as 64MiB. Give it "
-                "in `fixed`, or as an axis in a `when` for these activations."
-            )
-        if given and not budgeted:
-            raise StudyError(
-                f"{study.where('budget_bytes', row['budget_bytes'])} = {row['budget_bytes']}; a combination has "
-                f"activations {row['activations']!r}, which have no budget. Move it to a `when` with "
-                "`if: {activations: budgeted}`."
-            )
-
-
-def _base(study: "Study") -> Row:
-    """What holds for every trial unless an axis says otherwise."""
-    resources = TrialResources(
-        gpus_per_worker=study.resources.gpus_per_worker,
-        cpus_per_worker=study.resources.cpus_per_worker,
-        memory_bytes=study.resources.memory,
-        trials_per_device=study.resources.trials_per_device,
-    )
-    data = {f"data.{name}": value for name, value in study.data}
-    sections = {"resources": resources, "deepspeed": study.deepspeed}
-    row = {name: TrialSpec.model_fields[name].default for name in AXES if name not in (*DATA_AXES, "model")}
-    return row | data | ({} if study.model is None else {"model": study.model}) | study.fixed | sections
-
-
-def _trial(row: Row) -> TrialSpec:
-    data = {name.removeprefix("data."): row[name] for name in DATA_AXES}
-    return TrialSpec.model_validate({key: row[key] for key in row if key not in DATA_AXES} | {"data": data})
-
-
-def _together(axes: Mapping[str, list[Any]]) -> list[Row]:
-    """One row per position of axes that move together."""
-    return [dict(zip(axes, values, strict=True)) for values in zip(*axes.values(), strict=True)]
-
-
-def _product(groups: list[list[Row]]) -> Iterator[Row]:
-    for parts in itertools.product(*groups):
-        yield {key: value for part in parts for key, value in part.items()}
-
-
-def _matches(row: Row, condition: Mapping[str, Any]) -> bool:
-    return all(row[key] == value for key, value in condition.items())
-
-
-def _apply_when(study: "Study", rows: list[Row]) -> list[Row]:
-    # Beside each row: which `when` set which of its keys.
-    sourced: list[tuple[Row, dict[str, int]]] = [(row, {}) for row in rows]
-    for index, when in enumerate(study.when):
-        extras = list(_product([[{key: value} for value in values] for key, values in when.grid.items()]))
-        if not any(_matches(row, when.if_) for row, _ in sourced):
-            raise _nothing_matches(study, ("when", index, "if"), when.if_, [row for row, _ in sourced])
-        extended: list[tuple[Row, dict[str, int]]] = []
-        for row, sources in sourced:
-            if not _matches(row, when.if_):
-                extended.append((row, sources))
-                continue
-            for key in when.grid:
-                if key in sources:
-                    raise StudyError(
-                        f"{study.place('when', index, 'grid', key)}; when[{sources[key]}] sets {key} for some of the "
-                        "same combinations. Make the two conditions exclude each other, or keep one."
-                    )
-            extended += [(row | extra, sources | dict.fromkeys(extra, index)) for extra in extras]
-        sourced = extended
-    return [row for row, _ in sourced]
-
-
-def _apply_exclude(study: "Study", rows: list[Row]) -> list[Row]:
-    # Each entry is held against all combinations, so that entries may overlap and their order is of no matter.
-    for index, condition in enumerate(study.exclude):
-        if not any(_matches(row, condition) for row in rows):
-            raise _nothing_matches(study, ("exclude", index), condition, rows)
-    return [row for row in rows if not any(_matches(row, condition) for condition in study.exclude)]
-
-
-def _nothing_matches(study: "Study", loc: Loc, condition: Mapping[str, Any], rows: list[Row]) -> StudyError:
-    for key, value in condition.items():
-        present = list(dict.fromkeys(row[key] for row in rows))
-        if value not in present:
-            return StudyError(
-                f"{study.place(*loc, key)} = {shown(value)}; no combination has it: {key} is "
-                f"{', '.join(map(shown, present))}. Correct the value or remove the entry."
-            )
-    return StudyError(
-        f"{study.place(*loc)}; no combination has all of these at once. Correct a value or remove the entry."
-    )

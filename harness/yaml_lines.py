@@ -1,6 +1,7 @@
 """YAML 1.2 read safely into plain data, together with the line that each value stands on.
 
-Only the plain types of JSON come out: a file cannot name a Python type, repeat a key or refer to an alias.
+Only plain JSON types come out: a file cannot name a Python type, repeat a key or refer to an alias. Its size, how
+deep it nests and how large its numbers are have bounds, beyond which it is refused before it costs time or memory.
 """
 
 import math
@@ -8,24 +9,29 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from harness.errors import StudyError
 from harness.places import Loc, Places, dotted
+from harness.plain_text import unprintable
+from harness.study_faults import shown
 
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = frozenset(_TAG + name for name in ("str", "int", "float", "bool", "null"))
 _COLLECTIONS = frozenset(_TAG + name for name in ("map", "seq"))
+MOST_BYTES = 2**18
+MOST_LEVELS = 16
+# Whole numbers of at most 64 bits, sign included, are the same to whoever reads them.
+MOST = 2**63
 
 
 def read_yaml(text: str, path: str) -> tuple[Any, Places]:
     """The data of a YAML text and the places of its values; `path` is named in errors. Raises StudyError."""
+    if len(text) > MOST_BYTES:
+        raise StudyError(f"{path}: larger than {MOST_BYTES} bytes, the most that a study has. Divide it.")
     try:
-        for event in YAML(typ="safe", pure=True).parse(text):
-            if isinstance(event, AliasEvent):
-                line = event.start_mark.line + 1
-                raise StudyError(f"{path}:{line}: *{event.anchor}; a study has no aliases. Write the value out.")
+        _refuse_what_grows(text, path)
         yaml = YAML(typ="safe", pure=True)
         root = yaml.compose(text)
     except MarkedYAMLError as error:
@@ -37,6 +43,17 @@ def read_yaml(text: str, path: str) -> tuple[Any, Places]:
     reader = _Reader(yaml, path)
     data = None if root is None else reader.value(root, ())
     return data, Places(path, reader.lines)
+
+
+def _refuse_what_grows(text: str, path: str) -> None:
+    level = 0
+    for event in YAML(typ="safe", pure=True).parse(text):
+        line = f"{path}:{event.start_mark.line + 1}"
+        if isinstance(event, AliasEvent):
+            raise StudyError(f"{line}: *{event.anchor}; a study has no aliases. Write the value out.")
+        level += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if level > MOST_LEVELS:
+            raise StudyError(f"{line}: nested {level} levels deep; a study has at most {MOST_LEVELS}. Flatten it.")
 
 
 class _Reader:
@@ -71,6 +88,8 @@ class _Reader:
             if key_node.tag != f"{_TAG}str":
                 shown = key if isinstance(key_node, ScalarNode) else "a list or mapping"
                 raise self._fault(key_node, f"the key {shown} is not text; a key is the name of a field. Correct it.")
+            if found := unprintable(key):
+                raise self._fault(key_node, f"a key holds {found}; text has no control characters. Remove it.")
             here = (*loc, key)
             if key in data:
                 raise self._fault(
@@ -87,7 +106,14 @@ class _Reader:
             value = self._yaml.constructor.construct_object(node)
         except (ValueError, KeyError, YAMLError):
             kind = str(node.tag).replace(_TAG, "!!")
-            raise self._fault(node, f"{dotted(loc)} = {node.value!r} is no {kind}. Correct it.") from None
+            raise self._fault(node, f"{dotted(loc)} = {shown(node.value)} is no {kind}. Correct it.") from None
+        if isinstance(value, str) and (found := unprintable(value)):
+            raise self._fault(node, f"{dotted(loc)} holds {found}; text has no control characters. Remove it.")
+        if isinstance(value, int) and not -MOST <= value < MOST:
+            number = node.value if len(node.value) <= 60 else f"{node.value[:57]}..."
+            raise self._fault(
+                node, f"{dotted(loc)} = {number}; a whole number is from -2**63 to 2**63 - 1. Correct it."
+            )
         if isinstance(value, float):
             # ruamel's floats remember their spelling; a plain one is written back the same everywhere.
             value = float(value)

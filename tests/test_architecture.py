@@ -12,7 +12,7 @@ ROOMS = ("revnet_core", "harness", "reports", "studies", "tests")
 # Each library's importers: files whose path begins so.
 OWN_ADAPTER = {"ray": "harness/schedule/", "deepspeed": "harness/engine.py"}
 # Files that a machine without torch, Ray or DeepSpeed must be able to import, and what they may not pull in.
-TORCH_FREE = ("harness/record.py", "harness/store.py", "harness/study.py", "harness/trials.py")
+TORCH_FREE = ("harness/record.py", "harness/store.py", "harness/study.py", "harness/trials.py", "harness/expansion.py")
 
 
 def imported(source: str) -> Iterator[str]:

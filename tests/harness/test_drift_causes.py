@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from harness.expansion import expand
 from harness.measure.causes import CAUSE_METRICS, TABLE, measure_causes
 from harness.models import create
 from harness.record import TraceRow
 from harness.study import Study, StudyError, check_trials
-from harness.trials import TrialSpec, expand
+from harness.trials import TrialSpec
 from revnet_core import AdditiveCoupling, ReversibleSequence, audit_amplification
 from tests.harness.conftest import Trial
 

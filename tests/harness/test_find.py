@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from harness import find
 from harness.confirm import as_study, confirm, search_name
 from harness.errors import HarnessError, StoreError
+from harness.expansion import expand
 from harness.find import Cell, Limit, Search, cells_of, largest_fitting, parse_headroom, search_id, step_down
 from harness.find_view import outcome
 from harness.predict import Device, predict
 from harness.record import Record, Status
 from harness.store import RunStore
 from harness.study import Study, load_study
-from harness.trials import DataSpec, TrialSpec, expand
+from harness.trials import DataSpec, TrialSpec
 
 MIB = 2**20
 CPU = Device("cpu")

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from harness.errors import StudyError
+from harness.expansion import expand
 from harness.placing import place_of, times
 from harness.study import check_trials, load_study
-from harness.trials import TrialResources, TrialSpec, expand
+from harness.trials import TrialResources, TrialSpec
 from tests.harness.conftest import Trial
 
 STUDY = """\

@@ -4,8 +4,8 @@ from collections import Counter, defaultdict
 
 import pytest
 
+from harness.expansion import expand
 from harness.study import SHIPPED, check_trials, load_study, shipped_studies
-from harness.trials import expand
 from revnet_core.networks.families import find_family
 
 

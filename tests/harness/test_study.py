@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.errors import StudyError
+from harness.expansion import expand
 from harness.sizes import parse_memory
 from harness.store import RunStore
 from harness.study import Study, check_trials, load_study
-from harness.trials import DEEPSPEED_SET_BY_HARNESS, TrialSpec, expand
+from harness.trials import DEEPSPEED_SET_BY_HARNESS, TrialSpec
 
 HEAD = "name: x\nmodel: revnet\n"
 

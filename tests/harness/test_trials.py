@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.errors import StudyError
+from harness.expansion import expand
 from harness.study import Study
-from harness.trials import TrialSpec, expand
+from harness.trials import TrialSpec
 
 AXIS_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "depth": st.none() | st.integers(1, 500),

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from harness.expansion import expand
 from harness.measure.live import LiveStorages
 from harness.measure.memory import measure_memory
 from harness.study import load_study
 from harness.training import create, loss_of
-from harness.trials import TrialSpec, expand
+from harness.trials import TrialSpec
 from revnet_core import ReversibleSequence, create_model
 
 MIB = 2**20

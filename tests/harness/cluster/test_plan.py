@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from harness.cluster.view import in_time
+from harness.expansion import expand
 from harness.record import Attempt, Record
 from harness.store import RunStore
 from harness.study import load_study
-from harness.trials import TrialSpec, expand
+from harness.trials import TrialSpec
 from tests.harness.conftest import Command
 
 STUDY = """\
