@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from harness.record import Attempt
 from harness.store import RunStore
@@ -40,8 +40,15 @@ class Claim(BaseModel):
     pid: int
     started_at: str = Field(description="ISO 8601, UTC")
     beats: int = 0
-    wall_s: float = Field(default=0.0, description="from its start to the last beat")
+    wall_s: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="from its start to the last beat")
     ended: Attempt | None = Field(default=None, description="how it ended where another attempt is to follow")
+
+    @field_validator("started_at")
+    @classmethod
+    def _is_a_time(cls, text: str) -> str:
+        if datetime.fromisoformat(text).tzinfo is None:
+            raise ValueError("without a time zone")
+        return text
 
     def to_json(self) -> str:
         return self.model_dump_json(by_alias=True) + "\n"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from harness.errors import HarnessError
+from harness.plain_text import say
 
 if TYPE_CHECKING:
     from harness.find import Axis
@@ -59,7 +60,7 @@ def doctor(
 
     findings = []
     for finding in examine() if address is None else examine_cluster(address, storage):
-        typer.echo(f"{finding.level:<5} {finding.text}")
+        say(f"{finding.level:<5} {finding.text}")
         findings.append(finding)
     if any(finding.level == "FAIL" for finding in findings):
         raise typer.Exit(FAILED)
@@ -71,9 +72,9 @@ def models() -> None:
     from revnet_core.networks import FAMILIES
 
     for name, family in FAMILIES.items():
-        typer.echo(f"{name:<24} depth {family.depths:<9} {family.summary}")
-        typer.echo(f"{'':<24} {', '.join(family.activations)}")
-    typer.echo("package.module:factory   a model of your own; see docs/studies.md")
+        say(f"{name:<24} depth {family.depths:<9} {family.summary}")
+        say(f"{'':<24} {', '.join(family.activations)}")
+    say("package.module:factory   a model of your own; see docs/studies.md")
 
 
 @app.command()
@@ -146,18 +147,20 @@ def run(
         others = {"--limit": limit, "--only": only, "--detach": detach, "--snapshot": snapshot, "--perfetto": perfetto}
         _refuse(others, "--find chooses its trials itself. Leave it out.")
         from harness.find_run import Question, find_largest
+        from harness.launching import run_selected
 
         axis: Axis = "depth" if find is Sought.DEPTH else "batch_size"
         asked = Question(study, axis, headroom or "5%", _memory(memory), at_most, retry, out)
 
         def run_pending(pending: "list[TrialSpec]", store: "RunStore", resources: "StudyResources") -> bool:
-            return _run_selected(pending, len(pending), store, resources, address, [])
+            return run_selected(pending, len(pending), store, resources, address, [])
 
         found = find_largest(asked, run_pending, _write_report)
         raise typer.Exit({"interrupted": INCOMPLETE, "open": FAILED, "answered": DONE}[found])
     of_a_search = {"--memory": memory, "--headroom": headroom, "--at-most": at_most}
     _refuse(of_a_search, "it belongs to --find. Give both; the memory of a study's trials is its resources.memory.")
     from harness.exports import what_was_exported
+    from harness.launching import leave_to_cluster, run_selected
     from harness.planning import select_trials
     from harness.store import RunStore
 
@@ -177,31 +180,31 @@ def run(
     store.open_for(loaded.resolved(), [trial.id for trial in trials])
     selected = select_trials(trials, store, only=only, retry=retry, limit=limit)
     if detach and selected:
-        _detach(selected, store, loaded.resources, address)
+        leave_to_cluster(selected, store, loaded.resources, address)
         return
-    interrupted = _run_selected(selected, len(trials), store, loaded.resources, address, exports)
+    interrupted = run_selected(selected, len(trials), store, loaded.resources, address, exports)
     counts = Counter(record.status for record in store.read_records())
     left = len(trials) - len(store.finished_ids() & {trial.id for trial in trials})
     in_words = "  ".join(f"{status} {count}" for status, count in counts.items())
-    typer.echo(f"{len(selected)} run now; {len(trials) - left} of {len(trials)} trials done: {in_words or 'none'}")
+    say(f"{len(selected)} run now; {len(trials) - left} of {len(trials)} trials done: {in_words or 'none'}")
     broken = sum(counts[status] for status in ("failed", "crashed", "timeout"))
     if broken:
-        typer.echo(f"{broken} came to no result; their logs lie in {store.uri}/logs.")
-        typer.echo(f"Run them again with: {_again(study, out)} --retry failed,crashed,timeout")
+        say(f"{broken} came to no result; their logs lie in {store.uri}/logs.")
+        say(f"Run them again with: {_again(study, out)} --retry failed,crashed,timeout")
     if interrupted:
-        typer.echo(f"stopped; what is finished is kept. Go on with: {_again(study, out)}")
+        say(f"stopped; what is finished is kept. Go on with: {_again(study, out)}")
     elif left:
-        typer.echo(f"{left} trials not run yet. Run them with: {_again(study, out)}")
+        say(f"{left} trials not run yet. Run them with: {_again(study, out)}")
     for trial in selected if exports else ():
-        typer.echo("\n".join(what_was_exported(store, trial.id, exports)))
-    typer.echo(f"report: {_write_report(store)}")
+        say("\n".join(what_was_exported(store, trial.id, exports)))
+    say(f"report: {_write_report(store)}")
     raise typer.Exit(INCOMPLETE if interrupted else FAILED if broken else DONE)
 
 
 @app.command()
 def report(run: RunArgument) -> None:
     """Write report.html of a run, finished or not."""
-    typer.echo(_write_report(_open_run(run)))
+    say(_write_report(_open_run(run)))
 
 
 @app.command()
@@ -210,7 +213,7 @@ def status(run: RunArgument) -> None:
     from harness.status import describe
 
     for line in describe(_open_run(run)):
-        typer.echo(line)
+        say(line)
 
 
 @app.command()
@@ -225,7 +228,7 @@ def logs(
     log = store.read_log(trial_id)
     if log is None:
         raise HarnessError(f"{trial_id}: has no log yet. `revnet status {run}` says where it stands.")
-    typer.echo(log, nl=False)
+    say(log, nl=False)
 
 
 @app.command()
@@ -233,7 +236,7 @@ def stop(run: RunArgument) -> None:
     """Ask whoever runs the trials to stop: those at work are given back, what is finished is kept."""
     store = _open_run(run)
     store.ask_to_stop()
-    typer.echo(f"asked; drivers see it within seconds. Go on with the `revnet run` that began it; {store.uri} is kept.")
+    say(f"asked; drivers see it within seconds. Go on with the `revnet run` that began it; {store.uri} is kept.")
 
 
 @app.command()
@@ -255,46 +258,11 @@ def compare(
     limits = [parse_limit(text) for text in fail or ()]
     comparison = compare_sides(read_side(_open_run(base)), read_side(_open_run(run)), limits)
     if "-" not in (markdown, json):
-        typer.echo(as_text(comparison), nl=False)
+        say(as_text(comparison), nl=False)
     for option, target, view in (("--markdown", markdown, as_markdown), ("--json", json, as_json)):
         if target is not None:
             _write_to(option, target, view(comparison))
     raise typer.Exit(comparison.exit_code)
-
-
-def _run_selected(
-    selected: "list[TrialSpec]",
-    planned: int,
-    store: "RunStore",
-    resources: "StudyResources",
-    address: str | None,
-    exports: list[str],
-) -> bool:
-    """Run them with a progress bar; returns whether somebody stopped it."""
-    if not selected:
-        return False
-    store.clear_stop()
-    from harness.progress import SweepProgress
-    from harness.schedule import ray_session, run_trials
-
-    try:
-        with ray_session(address), SweepProgress(len(selected), planned) as progress:
-            for tick in run_trials(selected, store, resources.timeout_s, resources.max_attempts, exports):
-                progress.update(tick)
-    except KeyboardInterrupt:
-        return True
-    return False
-
-
-def _detach(selected: "list[TrialSpec]", store: "RunStore", resources: "StudyResources", address: str | None) -> None:
-    from harness.schedule import detach, ray_session
-
-    store.clear_stop()
-    with ray_session(address):
-        name = detach(selected, store, resources.timeout_s, resources.max_attempts)
-    uri = store.absolute_uri
-    typer.echo(f"{len(selected)} trials left to the driver {name} in the cluster; it is safe to log out.")
-    typer.echo(f"See how far it is with `revnet status {uri}`; `revnet report {uri}` works on what is there.")
 
 
 def _refuse(options: dict[str, object], why: str) -> None:
@@ -341,7 +309,7 @@ def _open_run(run: str) -> "RunStore":
 
 def _write_to(option: str, target: str, text: str) -> None:
     if target == "-":
-        typer.echo(text, nl=False)
+        say(text, nl=False)
         return
     try:
         Path(target).write_text(text, encoding="utf-8")
@@ -361,7 +329,7 @@ def main() -> None:
     try:
         app()
     except HarnessError as error:
-        typer.echo(str(error), err=True)
+        say(str(error), err=True)
         sys.exit(BAD_INPUT)
 
 

@@ -57,7 +57,7 @@ def confirm(
 def planned_trials(searches: Sequence[Search], store: RunStore) -> list[TrialSpec]:
     """Those that the directory has records of, in the order of its plan, and those tried since."""
     plan = store.read_plan()
-    records = [store.find_record(trial_id) for trial_id in plan["trials"]] if plan else []
+    records = [store.find_record(trial_id) for trial_id in plan.trials] if plan else []
     earlier = [TrialSpec.from_json(json.dumps(record.spec)) for record in records if record is not None]
     tried = [search.cell.at(value) for search in searches for value in search.tried]
     return list({trial.id: trial for trial in [*earlier, *tried]}.values())

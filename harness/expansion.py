@@ -62,9 +62,7 @@ def _check_budgets(study: "Study", rows: list[Row]) -> None:
 def _check_count(count: int, place: str) -> None:
     """To be called before they are made."""
     if count > MOST_COMBINATIONS:
-        raise StudyError(
-            f"{place}; {count} combinations are more than {MOST_COMBINATIONS}. Give the axes fewer values."
-        )
+        raise StudyError(f"{place}; {count} combinations, and at most {MOST_COMBINATIONS} are allowed. Leave some out.")
 
 
 def _base(study: "Study") -> Row:

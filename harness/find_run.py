@@ -4,8 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import typer
-
 from harness.confirm import as_study, confirm, search_name
 from harness.expansion import expand
 from harness.find import (
@@ -22,6 +20,7 @@ from harness.find import (
     search_id,
 )
 from harness.find_view import CONFIRMED, outcome, print_found, searched
+from harness.plain_text import say
 from harness.planning import statuses_of
 from harness.store import RunStore
 from harness.study import StudyResources, check_trials, load_study
@@ -63,7 +62,7 @@ def find_largest(
     searches = [Search(cell, limit, predictions) for cell in cells]
     for one in searches:
         one.advance()
-        typer.echo(searched(one, differing(cells)))
+        say(searched(one, differing(cells)))
 
     def write_plan(planned: list[TrialSpec]) -> None:
         written = as_study(loaded, planned, asked.axis, limit)
@@ -73,15 +72,15 @@ def find_largest(
         return run_pending(pending, store, loaded.resources)
 
     interrupted = confirm(searches, store, run, write_plan=write_plan, retry=again)
-    typer.echo()
+    say()
     print_found(searches, store, limit)
     outcomes = [outcome(one, store) for one in searches]
     open_ones = sum(found not in (CONFIRMED, "none", "unsupported") for found in outcomes)
     if interrupted:
-        typer.echo("stopped; what is finished is kept. Give the same command to go on.")
+        say("stopped; what is finished is kept. Give the same command to go on.")
     elif open_ones:
-        typer.echo(f"{open_ones} not confirmed; the logs lie in {store.uri}/logs.")
-        typer.echo("Run those that came to no result again with the same command and --retry failed,crashed,timeout")
+        say(f"{open_ones} not confirmed; the logs lie in {store.uri}/logs.")
+        say("Run those that came to no result again with the same command and --retry failed,crashed,timeout")
     if store.read_plan() is not None:
-        typer.echo(f"report: {write_report(store)}")
+        say(f"report: {write_report(store)}")
     return "interrupted" if interrupted else "open" if open_ones else "answered"

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from harness.find import Cell, Limit, Search, differing
+from harness.plan_view import wide_console
 from harness.record import Record
 from harness.sizes import in_words
 from harness.store import RunStore
@@ -26,7 +26,7 @@ def print_found(searches: Sequence[Search], store: RunStore, limit: Limit) -> No
     """One row a cell: its own fields, the value, what it was predicted to need and found to, and what confirmed it."""
     cells = [search.cell for search in searches]
     axis, varying = cells[0].axis, differing(cells)
-    console = Console(width=None if Console().is_terminal else 200)
+    console = wide_console()
     table = Table(*varying, box=None, pad_edge=False)
     for name in (axis, "predicted MiB", "allocated MiB", "activation peak MiB", "limit MiB"):
         table.add_column(name, justify="right")

@@ -47,8 +47,8 @@ class Fit(NamedTuple):
 
 
 def wide_console() -> Console:
-    """As wide as its content where nobody sees it: a file or a pipe has no width."""
-    return Console(width=None if Console().is_terminal else 200)
+    """As wide as its content where nobody sees it: a file or a pipe has no width. Text is no markup."""
+    return Console(width=None if Console().is_terminal else 200, markup=False)
 
 
 def print_plan(

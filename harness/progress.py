@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.text import Text
 
+from harness.plain_text import printable
 from harness.record import RESULT_STATUSES
 from harness.schedule import Tick
 from harness.trials import TrialSpec
@@ -16,7 +17,7 @@ class SweepProgress:
     """A progress bar on a terminal; elsewhere (a log file, a pipe) one line for each finished trial."""
 
     def __init__(self, selected: int, planned: int) -> None:
-        self._console = Console()
+        self._console = Console(markup=False)
         self._selected = selected
         self._finished = self._failed = 0
         self._start = time.perf_counter()
@@ -28,7 +29,7 @@ class SweepProgress:
             MofNCompleteColumn(),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[state]}"),
-            TextColumn("[dim]{task.fields[last]}"),
+            TextColumn("{task.fields[last]}", style="dim", markup=False),
             console=self._console,
             disable=not self._console.is_terminal,
         )
@@ -51,7 +52,7 @@ class SweepProgress:
             if self._bar.disable:
                 self._console.print(f"{self._finished}/{self._selected} {self._last}", highlight=False)
             elif outcome.status not in RESULT_STATUSES:
-                self._bar.console.print(Text(f"{self._last}: {outcome.reason}", style="red"))
+                self._bar.console.print(Text(printable(f"{self._last}: {outcome.reason}"), style="red"))
         others = f"  with others {tick.elsewhere}" if tick.elsewhere else ""
         state = f"running {tick.running}{others}  failed {self._failed}  left {self._time_left()}"
         self._bar.update(self._task, completed=self._finished, state=state, last=self._last)

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from harness.errors import RecordError
+from harness.plain_json import read_json
 
 SCHEMA = 1
 
@@ -71,7 +72,7 @@ class Record(BaseModel):
     def from_json(cls, text: str | bytes, *, source: str) -> "Record":
         """Read a record; `source` is named in the error. Raises RecordError."""
         try:
-            raw = json.loads(text)
+            raw = read_json(text)
         except ValueError as error:
             raise RecordError(f"{source}: not JSON ({error}). Remove the file; the trial then runs again.") from None
         schema = raw.get("schema") if isinstance(raw, dict) else None

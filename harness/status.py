@@ -16,7 +16,7 @@ def describe(store: RunStore, now: datetime | None = None) -> Iterator[str]:
     now  to tell how long ago a trial was heard of; off by as much as this machine's clock is from that of the node
     """
     plan, finished = store.read_plan(), store.finished_ids()
-    planned = set(plan["trials"]) if plan else finished
+    planned = set(plan.trials) if plan else finished
     counts = Counter(store.read_record(trial_id).status for trial_id in sorted(finished))
     running: dict[str, tuple[int, Claim]] = {}
     again = 0
@@ -29,13 +29,15 @@ def describe(store: RunStore, now: datetime | None = None) -> Iterator[str]:
         else:
             running[trial_id] = numbers[-1], claim
     pending = len(planned - finished - running.keys()) - again
-    name = f"{plan['name']}: " if plan else ""
+    name = f"{plan.name}: " if plan else ""
     yield f"{name}{len(finished & planned)} of {len(planned)} trials done"
     states = [(status, counts[status]) for status in STATUSES]
     states += [("running", len(running)), ("lost, to be tried again", again), ("pending", pending)]
     yield "  ".join(f"{state} {count}" for state, count in states if count > 0) or "nothing to do"
     for trial_id, (number, claim) in running.items():
         yield _line(trial_id, number, claim, now or datetime.now(UTC))
+    if unplanned := store.unplanned_ids():
+        yield f"left out, since the study does not plan them: {', '.join(sorted(unplanned))}"
     if store.is_asked_to_stop():
         yield "asked to stop; `revnet run` goes on with it"
 
@@ -43,7 +45,7 @@ def describe(store: RunStore, now: datetime | None = None) -> Iterator[str]:
 def trial_with(store: RunStore, beginning: str) -> str:
     """The one trial whose id begins so. Raises HarnessError when there is none, or more than one."""
     plan = store.read_plan()
-    known = {*store.finished_ids(), *store.claim_numbers(), *(plan["trials"] if plan else ())}
+    known = {*store.finished_ids(), *store.claim_numbers(), *(plan.trials if plan else ())}
     found = sorted(trial_id for trial_id in known if trial_id.startswith(beginning))
     if len(found) == 1:
         return found[0]

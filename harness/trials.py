@@ -1,7 +1,7 @@
 """The specification of one trial: everything that decides its outcome."""
 
-import hashlib
 import json
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
@@ -18,6 +18,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from harness.errors import StudyError
+from harness.ids import canonical_json, id_of
 from harness.places import Places
 from harness.sizes import Memory
 from harness.study_faults import describe
@@ -62,8 +63,17 @@ def _refuse_infinite(config: dict[str, JsonValue]) -> dict[str, JsonValue]:
     return config
 
 
+def _refuse_what_names_nothing(name: str) -> str:
+    if not re.fullmatch(r"\w[\w.:-]*", name):
+        raise PydanticCustomError("name", "a name is letters, digits, '_', and then '.', '-' and ':' too. Correct it.")
+    return name
+
+
 Activations = Literal["stored", "checkpointed", "offloaded", "reconstructed", "budgeted"]
 # YAML and JSON have lists; a trial is hashable.
+# Names stand in figures and in other people's terminals.
+ModelName = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_refuse_what_names_nothing)]
+DataName = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_refuse_what_names_nothing)]
 Width = Annotated[int, Field(ge=1, le=2**20)]
 Channels = Annotated[
     Annotated[tuple[Width, ...], Field(max_length=64)] | None,
@@ -93,7 +103,7 @@ MOST_SHARING = 64
 class DataSpec(_Inert):
     """What the trial trains on; `path` null is the sample that ships with the harness."""
 
-    name: str = Field(default="cifar10", min_length=1)
+    name: DataName = Field(default="cifar10")
     path: str | None = Field(default=None, min_length=1)
     image_size: int = Field(default=32, ge=1, le=2**14, description="pixels, height and width")
 
@@ -120,7 +130,7 @@ class TrialResources(_Inert):
 class TrialSpec(_Inert):
     """Everything that decides a trial's outcome, and nothing else: equal content, equal id."""
 
-    model: str = Field(min_length=1, description="a registered family, or package.module:factory")
+    model: ModelName = Field(description="a registered family, or package.module:factory")
     depth: int | None = Field(
         default=38, ge=1, le=100_000, description="as the family counts it; null for a user's own factory"
     )
@@ -172,12 +182,12 @@ class TrialSpec(_Inert):
 
     def canonical_json(self) -> str:
         """The same text for the same content, on every machine and whatever the order of keys was."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return canonical_json(self.model_dump(mode="json"))
 
     @property
     def id(self) -> str:
         """First 12 hexadecimal digits of the SHA-256 of the canonical JSON."""
-        return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:12]
+        return id_of(self.model_dump(mode="json"))
 
     def value(self, key: str) -> Any:
         """What the trial has under one of AXES."""

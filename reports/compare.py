@@ -109,7 +109,7 @@ class Comparison:
 def read_side(store: RunStore) -> Side:
     """Raises RecordError for a record that this version cannot read."""
     plan = store.read_plan()
-    return Side(store.uri, plan["name"] if plan else "", trials_frame(store), len(missing_ids(store)))
+    return Side(store.uri, plan.name if plan else "", trials_frame(store), len(missing_ids(store)))
 
 
 def compare_sides(base: Side, run: Side, limits: Sequence[Limit] = ()) -> Comparison:

@@ -46,7 +46,8 @@ def as_markdown(comparison: Comparison) -> str:
 def escaped(text: object) -> str:
     """One line that Markdown and HTML show as it is."""
     one_line = "".join(character if character.isprintable() else " " for character in str(text))
-    return _ACTIVE.sub(r"\\\1", html.escape(one_line, quote=False))
+    # A word joiner after @, which nobody sees, so that no person of that name is called.
+    return _ACTIVE.sub(r"\\\1", html.escape(one_line, quote=False)).replace("@", "@\u2060")
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -97,7 +97,7 @@ def missing_ids(store: RunStore) -> list[str]:
     """The trials that the study has and the run directory has no record of."""
     plan = store.read_plan()
     finished = store.finished_ids()
-    return [trial_id for trial_id in plan["trials"] if trial_id not in finished] if plan else []
+    return [trial_id for trial_id in plan.trials if trial_id not in finished] if plan else []
 
 
 def step_bars(frame: pd.DataFrame) -> pd.DataFrame:

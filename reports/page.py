@@ -53,6 +53,7 @@ def build_report(store: RunStore) -> str:
         summary_headings=headings_of(summary_rows),
         laws=LAWS if len(laws(frame)) else None,
         missing=missing,
+        unplanned=sorted(store.unplanned_ids()),
         unmeasured=[record for record in records if record.status != "ok"],
         symbols=SYMBOLS,
         sections=_sections(store, frame),

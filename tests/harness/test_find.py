@@ -231,8 +231,8 @@ def test_less_is_tried_after_oom_and_what_was_tried_is_kept(tmp_path: Path) -> N
     assert runner.ran == list(search.tried) == [100, 95, 90]
     plan = runner.store.read_plan()
     assert plan is not None
-    assert set(plan["trials"]) == runner.store.finished_ids()
-    assert len(plan["trials"]) == 3
+    assert set(plan.trials) == runner.store.finished_ids()
+    assert len(plan.trials) == 3
 
     again = Runner(runner.store, fits=0)
     assert confirmed(searches_of([SMALL]), again) == ["confirmed"]
@@ -293,7 +293,7 @@ def test_a_directory_of_another_search_or_of_no_search_is_refused(tmp_path: Path
             runner.store.check_search(other)
     runner.store.check_search(search_id(cells, LIMIT.headroom))
     ordinary = RunStore(tmp_path / "ordinary")
-    ordinary.open_for({"name": "s"}, ["a"])
+    ordinary.open_for({"name": "s"}, ["a" * 12])
     with pytest.raises(StoreError, match="a run that is no search"):
         ordinary.check_search(search_id(cells, LIMIT.headroom))
 

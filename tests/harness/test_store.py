@@ -10,6 +10,7 @@ from harness.record import Record, TraceRow
 from harness.store import RunStore
 
 STUDY = {"name": "s", "question": "what: is it?", "grid": {"depth": [14, 26]}}
+A, B, C = ("a" * 12, "b" * 12, "c" * 12)
 TRACE = [TraceRow("step", 0, "step_s", 0.25), TraceRow("drift", 3, "rel", 1e-7)]
 
 
@@ -45,29 +46,29 @@ def test_nothing_is_there_before_it_is_written(store: RunStore) -> None:
 
 
 def test_a_run_of_another_study_is_refused_and_left_alone(store: RunStore) -> None:
-    store.open_for(STUDY, ["a", "b"])
+    store.open_for(STUDY, [A, B])
     with pytest.raises(StoreError, match=r"another study: 's' with 2 trials.*this one is 't' with 1"):
-        store.open_for(STUDY | {"name": "t"}, ["c"])
+        store.open_for(STUDY | {"name": "t"}, [C])
     assert store.read_study() == STUDY
 
 
 def test_the_same_trials_are_the_same_run_whatever_the_wording(store: RunStore) -> None:
-    store.open_for(STUDY, ["a", "b"])
-    store.open_for(STUDY | {"question": "put differently"}, ["b", "a"])
+    store.open_for(STUDY, [A, B])
+    store.open_for(STUDY | {"question": "put differently"}, [B, A])
     study = store.read_study()
     assert study is not None
     assert study["question"] == "put differently"
 
 
 def test_the_trials_of_a_search_may_grow_and_those_of_a_study_may_not(store: RunStore) -> None:
-    store.open_for(STUDY, ["a"], search="s")
-    store.open_for(STUDY, ["a", "b"], search="s")
+    store.open_for(STUDY, [A], search="s")
+    store.open_for(STUDY, [A, B], search="s")
     plan = store.read_plan()
     assert plan is not None
-    assert plan["trials"] == ["a", "b"]
-    store.open_for(STUDY, ["b", "a"])
+    assert plan.trials == [A, B]
+    store.open_for(STUDY, [B, A])
     assert store.read_plan() == plan
-    for trial_ids, search in ((["a"], None), (["a", "b"], "t")):
+    for trial_ids, search in (([A], None), ([A, B], "t")):
         with pytest.raises(StoreError, match="Give another directory with --out"):
             store.open_for(STUDY | {"name": "other"}, trial_ids, search=search)
     assert store.read_study() == STUDY
@@ -76,7 +77,7 @@ def test_the_trials_of_a_search_may_grow_and_those_of_a_study_may_not(store: Run
 def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(StoreError, match=r"holds no plan\.json"):
-        RunStore(tmp_path).open_for(STUDY, ["a"])
+        RunStore(tmp_path).open_for(STUDY, [A])
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -89,7 +90,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(
     def full(descriptor: int) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("harness.store.os.fsync", full)
+    monkeypatch.setattr("harness.run_folder.os.fsync", full)
     with pytest.raises(OSError, match="no space"):
         store.write_trial(record.model_copy(update={"status": "failed"}))
     monkeypatch.undo()
@@ -106,12 +107,13 @@ def test_a_record_of_an_unknown_schema_is_refused_with_its_file(tmp_path: Path, 
         store.read_records()
 
 
-def test_a_trace_written_without_pyarrow_reads_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trace_written_without_pyarrow_reads_the_same(
+    tmp_path: Path, record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    record = Record(id="a", spec={}, status="ok")
     RunStore(tmp_path).write_trial(record, TRACE)
-    assert RunStore(tmp_path).read_trace_rows("a") == TRACE
+    assert RunStore(tmp_path).read_trace_rows(record.id) == TRACE
     monkeypatch.undo()
-    table = RunStore(tmp_path).read_trace("a")
+    table = RunStore(tmp_path).read_trace(record.id)
     assert table is not None
     assert table.to_pylist() == [row._asdict() for row in TRACE]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from harness.ids import id_of
 from harness.record import Record, Status, TraceRow
 from harness.store import RunStore
 from reports.compare import Comparison, compare_sides, read_side
@@ -73,7 +74,7 @@ def trial(number: int, *, status: Status = "ok", reason: str | None = None, **ch
             "loss_last": 2.25,
         }
     return Record(
-        id=f"{number:012x}",
+        id=id_of(made),
         spec=made,
         status=status,
         reason=reason,
@@ -83,6 +84,11 @@ def trial(number: int, *, status: Status = "ok", reason: str | None = None, **ch
         versions={"torch": "2.13.0+cpu", "deepspeed": "0.19.8"},
         git={"commit": "0123456789abcdef", "dirty": True},
     )
+
+
+def with_spec(record: Record, **changes: Any) -> Record:
+    made = record.spec | changes
+    return record.model_copy(update={"id": id_of(made), "spec": made})
 
 
 def with_metrics(record: Record, **metrics: int | float) -> Record:
@@ -147,6 +153,8 @@ def make_run(tmp_path: Path) -> Make:
         planned = [record.id for record in records] + [f"f{number:011x}" for number in range(missing)]
         if study is not None:
             store.open_for(study, planned)
+        elif store.read_plan() is not None:
+            (tmp_path / name / "plan.json").unlink()
         for record in records:
             store.write_trial(record, list(drift_rows(record)), b"log")
         return store

@@ -7,7 +7,7 @@ import pytest
 from harness.record import Record
 from reports.compare import EQUAL, INCOMPLETE, NOT_COMPARABLE, REGRESSION
 from reports.compare_view import verdict
-from tests.reports.conftest import PEAK, Compare, on, repeats, scaled, trial
+from tests.reports.conftest import PEAK, Compare, on, repeats, scaled, trial, with_spec
 
 CPU_RULES = [
     ({"device": "xpu"}, {"memory", "numerics", "time"}),
@@ -69,13 +69,13 @@ def test_seeds_are_repeats_and_one_that_is_gone_is_missing(compared: Compare) ->
 
 
 def test_a_field_that_one_version_did_not_know_does_not_part_trials(compared: Compare, sweep: list[Record]) -> None:
-    newer = [r.model_copy(update={"id": f"{n:012d}", "spec": r.spec | {"momentum": 0.9}}) for n, r in enumerate(sweep)]
+    newer = [with_spec(r, momentum=0.9) for r in sweep]
     assert compared(sweep, newer, f"{PEAK}:+0").trials == len(sweep)
     assert compared(newer, sweep, f"{PEAK}:+0").trials == len(sweep)
-    null = [r.model_copy(update={"spec": r.spec | {"budget_bytes": None}}) for r in sweep]
+    null = [with_spec(r, budget_bytes=None) for r in sweep]
     assert compared(sweep, null).trials == len(sweep)
     # Of two that differ in it alone nobody knows which is the old one.
-    both = [*newer, newer[0].model_copy(update={"id": "e" * 12, "spec": sweep[0].spec | {"momentum": 0.5}})]
+    both = [*newer, with_spec(sweep[0], momentum=0.5)]
     found = compared(sweep, both)
     assert (found.trials, len(found.missing), len(found.added)) == (len(sweep) - 1, 1, 2)
 

@@ -92,7 +92,7 @@ def test_what_was_not_measured_has_its_reason(make_run: Make) -> None:
 def test_text_of_a_record_or_a_study_is_only_text(make_run: Make) -> None:
     evil = "<script>alert(1)</script>"
     html = build_report(
-        make_run([trial(1, status="failed", reason=evil, model=evil)], study={"name": "x", "question": evil})
+        make_run([trial(1, status="failed", reason=evil)], study={"name": "x", "question": evil, "predict": evil})
     )
     assert evil not in html
     assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 3

@@ -5,7 +5,7 @@ import pytest
 from harness.record import Record
 from reports.frames import trials_frame
 from reports.predictions import compared, is_mentioned, prediction_sentences
-from tests.reports.conftest import Make, predicted, trial, with_metrics
+from tests.reports.conftest import Make, predicted, trial, with_metrics, with_spec
 
 
 def test_what_is_right_is_right_to_the_byte(make_run: Make, sweep: list[Record]) -> None:
@@ -37,7 +37,7 @@ def test_a_difference_too_small_for_mib_is_said_in_bytes(make_run: Make) -> None
 
 def test_what_was_predicted_and_measured_as_nothing_is_right_and_something_for_nothing_is_not(make_run: Make) -> None:
     nothing = with_metrics(predicted(trial(1)), activation_saved_bytes=0, predicted_activation_saved_bytes=0)
-    frame = trials_frame(make_run([nothing, with_metrics(nothing.model_copy(update={"id": "b" * 12}))]))
+    frame = trials_frame(make_run([nothing, with_spec(nothing, seed=1)]))
     assert compared(frame, "activation_saved_bytes")["ratio"].to_list() == [1, 1]
     wrong = with_metrics(nothing, predicted_activation_saved_bytes=1)
     assert "off without bound" in prediction_sentences(trials_frame(make_run([wrong], study=None)))[0]
@@ -45,7 +45,9 @@ def test_what_was_predicted_and_measured_as_nothing_is_right_and_something_for_n
 
 def test_trials_without_a_prediction_are_counted_with_their_reason(make_run: Make) -> None:
     refused = trial(2, depth=26).model_copy(update={"unmeasured": {"predicted_activation_peak_bytes": "it branches."}})
-    sentences = prediction_sentences(trials_frame(make_run([predicted(trial(1)), refused, trial(3, status="oom")])))
+    sentences = prediction_sentences(
+        trials_frame(make_run([predicted(trial(1)), refused, trial(3, depth=14, status="oom")]))
+    )
     assert sentences[0].startswith("1 trial, ")
     assert sentences[1] == "No prediction of 1 finished trial: it branches."
 
