@@ -240,6 +240,17 @@ def stop(run: RunArgument) -> None:
 
 
 @app.command()
+def pack(run: RunArgument) -> None:
+    """Put the finished trials of a run into one Parquet file, in place of three small files each."""
+    from harness.pack import pack as pack_trials
+
+    store = _open_run(run)
+    done = pack_trials(store)
+    where = f"{store.uri}/packs/{done.name}" if done.name else "no pack"
+    say(f"{done.trials} trials in {where}; {done.removed} files replaced.")
+
+
+@app.command()
 def compare(
     base: Annotated[str, typer.Argument(help="The run that it is compared with.", metavar="BASE")],
     run: RunArgument,

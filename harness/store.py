@@ -8,6 +8,7 @@ stop                  asks whoever runs the trials to stop
 traces/<id>.parquet   its long tables (.json where pyarrow is not installed)
 exports/<id>.*        one step's memory for other people's viewers, where it was asked for (see harness.exports)
 logs/<id>.log         what its process printed
+packs/<name>.parquet  finished trials that were put together, in place of their files in trials, traces and logs
 report.html
 laws.csv              the lines that the report fits, one row a line
 """
@@ -21,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 from harness.errors import RecordError, StoreError
 from harness.exports import EXPORTS, export_path
 from harness.ids import ID_FORM, id_of, is_id
+from harness.packs import Packed, Packs
 from harness.plan_file import Plan, plan_hash
 from harness.record import Record, TraceRow
 from harness.run_folder import RunFolder
 from harness.spec_check import problem_of
-from harness.traces import decode_json, decode_parquet, encode_trace
+from harness.traces import as_table, decode_json, decode_parquet, encode_trace
 
 if TYPE_CHECKING:
     import pyarrow
@@ -41,6 +43,7 @@ class RunStore:
     def __init__(self, uri: str | Path) -> None:
         """Raises StoreError for a URI of an unknown kind."""
         self._folder = RunFolder(uri)
+        self.packs = Packs(self._folder)
         self.fs, self.root, self.uri = self._folder.fs, self._folder.root, self._folder.uri
 
     @property
@@ -135,16 +138,26 @@ class RunStore:
         return self._ids_on_record() - self.finished_ids()
 
     def _ids_on_record(self) -> set[str]:
+        return self.loose_ids() | {trial_id for trial_id in self.packs.ids() if is_id(trial_id)}
+
+    def loose_ids(self) -> set[str]:
+        """Trials that have a record of their own, rather than one in a pack."""
         stems = (name.removesuffix(".json") for name in self._folder.names_in("trials") if name.endswith(".json"))
         return {stem for stem in stems if is_id(stem)}
 
     def find_record(self, trial_id: str) -> Record | None:
         """The trial's record, or None while it has none. Raises RecordError for one that cannot be read, or that is of
         another trial than its name says."""
+        return self._find_record(trial_id, packs_known=False)
+
+    def _find_record(self, trial_id: str, *, packs_known: bool) -> Record | None:
         name = f"trials/{trial_id}.json"
         data = self._folder.read(name)
         if data is None:
-            return None
+            packed = self.packs.find(trial_id, known=packs_known)
+            if packed is None:
+                return None
+            name, data = f"packs: {trial_id}", packed.record
         record = Record.from_json(data, source=f"{self.uri}/{name}")
         if problem := problem_of(record.spec):
             raise RecordError(f"{self.uri}/{name}: spec.{problem}. Remove the file; the trial then runs again.")
@@ -157,14 +170,19 @@ class RunStore:
 
     def read_record(self, trial_id: str) -> Record:
         """Raises StoreError when the trial has no record."""
-        record = self.find_record(trial_id)
+        return self._required(trial_id, self.find_record(trial_id))
+
+    def _required(self, trial_id: str, record: Record | None) -> Record:
         if record is None:
             raise StoreError(f"{self.uri}/trials/{trial_id}.json: no such record.")
         return record
 
     def read_records(self) -> list[Record]:
         """Every finished trial, by id. Raises RecordError for a record of an unknown schema version."""
-        return [self.read_record(trial_id) for trial_id in sorted(self.finished_ids())]
+        return [
+            self._required(trial_id, self._find_record(trial_id, packs_known=True))
+            for trial_id in sorted(self.finished_ids())
+        ]
 
     def write_trial(
         self,
@@ -188,6 +206,9 @@ class RunStore:
         that holds anything else."""
         import pyarrow
 
+        packed = self._packed(trial_id)
+        if packed is not None:
+            return as_table(packed.trace)
         data = self._folder.read(f"traces/{trial_id}.parquet")
         if data is not None:
             with self._naming(f"traces/{trial_id}.parquet"):
@@ -197,11 +218,16 @@ class RunStore:
 
     def read_trace_rows(self, trial_id: str) -> list[TraceRow]:
         """The trial's long tables as rows; none when it has none. Needs pyarrow only where it was written with it."""
-        columns = self._read_json_trace(trial_id)
+        columns = None if self._packed(trial_id) else self._read_json_trace(trial_id)
         if columns is None:
             table = self.read_trace(trial_id)
             columns = {} if table is None else table.to_pydict()
         return [TraceRow(*row) for row in zip(*(columns.get(name, ()) for name in TraceRow._fields), strict=True)]
+
+    def _packed(self, trial_id: str) -> Packed | None:
+        """Of a trial whose record is in a pack, and that has not been run again since."""
+        found = self.packs.find(trial_id, known=True)
+        return None if found is None or self._folder.read(f"trials/{trial_id}.json") is not None else found
 
     def _read_json_trace(self, trial_id: str) -> dict[str, list[Any]] | None:
         data = self._folder.read(f"traces/{trial_id}.json")
@@ -224,6 +250,8 @@ class RunStore:
 
     def read_log(self, trial_id: str) -> str | None:
         data = self._folder.read(f"logs/{trial_id}.log")
+        if data is None and (packed := self._packed(trial_id)) is not None:
+            data = packed.log
         return None if data is None else data.decode(errors="replace")
 
     # Claims

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.plain_json import read_json
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 MOST_ROWS = 10**7
-_TYPES = {"table": "string", "index": "int64", "name": "string", "value": "double"}
+TYPES = {"table": "string", "index": "int64", "name": "string", "value": "double"}
 
 
 def encode_trace(rows: Sequence[TraceRow]) -> tuple[str, bytes]:
@@ -37,8 +37,8 @@ def decode_parquet(data: bytes) -> "pyarrow.Table":
         file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
         found = {field.name: str(field.type) for field in file.schema_arrow}
         # A whole-number column of values is written by a trace that holds nothing else.
-        if found | {"value": "double"} != _TYPES or found.get("value") not in ("double", "int64"):
-            raise ValueError(f"its columns are {found}, not {_TYPES}")
+        if found | {"value": "double"} != TYPES or found.get("value") not in ("double", "int64"):
+            raise ValueError(f"its columns are {found}, not {TYPES}")
         if file.metadata.num_rows > MOST_ROWS:
             raise ValueError(f"it has more than {MOST_ROWS} rows")
         table = file.read()
@@ -47,6 +47,13 @@ def decode_parquet(data: bytes) -> "pyarrow.Table":
     if table.column("table").null_count or table.column("index").null_count or table.column("name").null_count:
         raise ValueError("it has empty cells")
     return table
+
+
+def as_table(rows: Sequence[Mapping[str, Any]] | None) -> "pyarrow.Table | None":
+    """Rows with the columns of TraceRow, as `decode_parquet` gives them."""
+    import pyarrow
+
+    return pyarrow.table({name: [row[name] for row in rows] for name in TYPES}) if rows else None
 
 
 def decode_json(data: bytes) -> dict[str, list[Any]]:
