@@ -22,6 +22,7 @@ class SweepProgress:
         self._finished = self._failed = 0
         self._start = time.perf_counter()
         self._last = "starting Ray"
+        self._stuck = ""
         kept = f", {planned - selected} kept" if planned > selected else ""
         self._console.print(f"{selected} trials to run{kept}", highlight=False)
         self._bar = Progress(
@@ -45,6 +46,10 @@ class SweepProgress:
         self._bar.stop()
 
     def update(self, tick: Tick) -> None:
+        if tick.stuck != self._stuck:
+            self._stuck = tick.stuck
+            waits = f"waiting for nodes: {tick.stuck}" if tick.stuck else "there are nodes for all trials again"
+            self._bar.console.print(printable(waits), highlight=False)
         for outcome in tick.finished:
             self._finished += 1
             self._failed += outcome.status not in RESULT_STATUSES

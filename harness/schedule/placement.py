@@ -5,14 +5,18 @@ from collections.abc import Sequence
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group
 
-from harness.placing import Place, place_of
+from harness.placing import Amounts, Place, place_of
 from harness.trials import TrialSpec
 
 
 def places_of(trials: Sequence[TrialSpec]) -> dict[str, Place]:
     """By id. Raises ResourceError for a trial that fits no node, and whose ranks fit no nodes as the cluster is."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = nodes_alive()
     return {trial.id: place_of(trial, nodes) for trial in trials}
+
+
+def nodes_alive() -> list[Amounts]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def reserve(place: Place) -> PlacementGroup:

@@ -10,9 +10,10 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from harness.attempts import Job
 from harness.jobs import Jobs, Outcome
-from harness.placing import WAITING_PLACES, Place
-from harness.schedule.placement import places_of, reserve
+from harness.placing import Place
+from harness.schedule.placement import places_of
 from harness.schedule.tasks import Order, submit
+from harness.schedule.waiting import Waiting
 from harness.store import RunStore
 from harness.supervise import WORKER
 from harness.trials import TrialSpec
@@ -22,12 +23,13 @@ STOP_S = 15.0
 
 
 class Tick(NamedTuple):
-    """Where the sweep stands: trials that run at the moment, those that others have, and those that were finished
-    since the last tick."""
+    """Where the sweep stands: trials that run at the moment, those that others have, those that were finished since the
+    last tick, and why some fit no nodes that are left ("" where all do)."""
 
     running: int
     elsewhere: int
     finished: list[Outcome]
+    stuck: str
 
 
 def run_trials(
@@ -52,7 +54,7 @@ def run_trials(
     places = places_of(trials)
     jobs = Jobs(trials, store, max_attempts)
     order = Order(store.absolute_uri, timeout_s, tuple(sorted(exports)), worker)
-    waiting: dict[PlacementGroup, tuple[Job, Place]] = {}
+    waiting = Waiting()
     running: dict[ray.ObjectRef, tuple[Job, Place, PlacementGroup]] = {}
 
     def start(job: Job, place: Place, group: PlacementGroup) -> None:
@@ -61,11 +63,11 @@ def run_trials(
     try:
         while waiting or running or not jobs.is_over:
             finished = jobs.look()
-            while len(waiting) < WAITING_PLACES and (job := jobs.take()):
-                place = places[job.trial.id]
-                waiting[reserve(place)] = job, place
-            for group in [group for group in waiting if group.wait(timeout_seconds=0 if running else TICK_S)]:
-                start(*waiting.pop(group), group)
+            waiting.look()
+            while waiting.has_room and (job := jobs.take()):
+                waiting.ask(job, places[job.trial.id])
+            for job, place, group in waiting.granted(0 if running else TICK_S):
+                start(job, place, group)
             ready, _ = ray.wait(list(running), num_returns=1, timeout=TICK_S) if running else ([], [])
             for task in ready:
                 job, place, group = running.pop(task)
@@ -79,23 +81,23 @@ def run_trials(
                     finished += jobs.lost(job, f"the supervising task was lost: {_in_a_line(error)}")
                     is_whole = False
                 # Handed on, since Ray takes seconds to give a freed place to a group that waits for one.
-                heir = next((other for other, (_, wanted) in waiting.items() if wanted == place), None)
-                if is_whole and heir is not None:
-                    start(*waiting.pop(heir), group)
-                    remove_placement_group(heir)
+                heir = waiting.heir_of(place) if is_whole else None
+                if heir is not None:
+                    start(heir, place, group)
                 else:
                     remove_placement_group(group)
-            if not (running or waiting):
+            if not (running or waiting.is_asking):
                 time.sleep(TICK_S)
             if jobs.are_to_stop():
                 raise KeyboardInterrupt
-            yield Tick(len(running), jobs.elsewhere, finished)
+            yield Tick(len(running), jobs.elsewhere, finished, waiting.stuck)
     finally:
         for task in running:
             ray.cancel(task)
         if running:
             ray.wait(list(running), num_returns=len(running), timeout=STOP_S)
-        for group in [*waiting, *(group for _, _, group in running.values())]:
+        waiting.give_up()
+        for _, _, group in running.values():
             remove_placement_group(group)
 
 

@@ -60,15 +60,23 @@ def await_that(condition: Callable[[], object], process: Process | None = None) 
         time.sleep(0.05)
 
 
-def single_workers_on(hosts: Hosts, *names: str) -> list[psutil.Process]:
-    """Processes on these hosts of trials of one rank."""
+def workers_on(hosts: Hosts, *names: str) -> list[psutil.Process]:
+    """Processes of trials on these hosts."""
     found = []
     for process in (process for name in names for process in hosts[name].processes()):
-        try:
-            if "harness.worker" in process.cmdline() and "RANK" not in process.environ():
+        with contextlib.suppress(psutil.Error):
+            if "harness.worker" in process.cmdline():
                 found.append(process)
-        except psutil.Error:
-            continue
+    return found
+
+
+def single_workers_on(hosts: Hosts, *names: str) -> list[psutil.Process]:
+    """Those of trials of one rank."""
+    found = []
+    for process in workers_on(hosts, *names):
+        with contextlib.suppress(psutil.Error):
+            if "RANK" not in process.environ():
+                found.append(process)
     return found
 
 
@@ -210,3 +218,33 @@ def test_namespaced_hosts_drivers_and_processes_are_lost_and_no_trial_is(hosts: 
 
 def spread_over_two(record: Record) -> bool:
     return len(set(record.attempts[-1].node.split(", "))) == 2
+
+
+SPREAD = """\
+name: spread
+question: What becomes of ranks that have no node any more?
+model: "faulty_models:fine"
+fixed: {depth: null, workers: 2, activations: stored, batch_size: 4, measured_steps: 1, audit_batch_size: 0}
+"""
+
+
+def test_ranks_that_fit_no_namespaced_hosts_any_more_wait_until_one_comes_back(hosts: Hosts, tmp_path: Path) -> None:
+    """The last of this file, which takes all hosts away but two; the trial takes both."""
+    for name in ("w1", "w2"):
+        with contextlib.suppress(ValueError, psutil.Error):  # lost before
+            hosts[name].kill_raylet()
+    (tmp_path / "spread.yaml").write_text(SPREAD)
+    log = tmp_path / "driver.log"
+    command = [sys.executable, "-m", "harness.cli", "run", "spread.yaml", "--out", "run", "--address", hosts.address]
+    hosts.await_alive(["head", "w3"], STEP_S)
+    with log.open("w") as file:
+        driver = hosts["head"].run(command, cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT)
+    await_that(lambda: workers_on(hosts, "w3"), driver)
+    hosts["w3"].kill_raylet()
+    await_that(lambda: "waiting for nodes: trial " in log.read_text(), driver)
+    assert "each of its 2 ranks; the nodes have: 1 CPU, 0 GPU" in log.read_text()
+    hosts.start("w3")
+    assert driver.wait(STEP_S) == 0, log.read_text()
+    assert "there are nodes for all trials again" in log.read_text()
+    [record] = RunStore(tmp_path / "run").read_records()
+    assert (record.status, [attempt.lost for attempt in record.attempts]) == ("ok", [True, False])
