@@ -206,19 +206,19 @@ class RunStore:
         that holds anything else."""
         import pyarrow
 
-        packed = self._packed(trial_id)
-        if packed is not None:
-            return as_table(packed.trace)
         data = self._folder.read(f"traces/{trial_id}.parquet")
         if data is not None:
             with self._naming(f"traces/{trial_id}.parquet"):
                 return decode_parquet(data)
         columns = self._read_json_trace(trial_id)
-        return None if columns is None else pyarrow.table(columns)
+        if columns is not None:
+            return pyarrow.table(columns)
+        packed = self._packed(trial_id)
+        return None if packed is None else as_table(packed.trace)
 
     def read_trace_rows(self, trial_id: str) -> list[TraceRow]:
         """The trial's long tables as rows; none when it has none. Needs pyarrow only where it was written with it."""
-        columns = None if self._packed(trial_id) else self._read_json_trace(trial_id)
+        columns = self._read_json_trace(trial_id)
         if columns is None:
             table = self.read_trace(trial_id)
             columns = {} if table is None else table.to_pydict()

@@ -205,7 +205,8 @@ def test_a_rank_with_a_result_explains_those_that_failed_before_it_ended(
 
     def start(rank: int, spec: TrialSpec, spec_path: Path, scratch: Path) -> "subprocess.Popen[bytes]":
         for status in statuses[rank : rank + 1]:
-            left = record.model_copy(update={"id": spec.id, "status": status, "reason": "planted"})
+            changes = {"id": spec.id, "spec": spec.model_dump(mode="json"), "status": status, "reason": "planted"}
+            left = record.model_copy(update=changes)
             RunStore(scratch / f"rank{rank}").write_trial(left, [])
         return subprocess.Popen(["sleep", "infinity"] if rank else ["false"])
 
