@@ -1,6 +1,5 @@
 """What `revnet doctor` looks at: versions, devices, browser, and one tiny trial; or each node of a cluster."""
 
-import contextlib
 import importlib.metadata
 import shutil
 import sys
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from harness.supervise import supervise
 from harness.trials import TrialSpec
+from harness.versions import installed
 
 if TYPE_CHECKING:
     from harness.schedule.checkup import Node
@@ -90,11 +90,7 @@ def _of_node(node: "Node", here: dict[str, str], storage: str | None) -> Iterato
 
 def versions() -> dict[str, str]:
     """Of this project and of what it needs, here; a package that is not installed is left out."""
-    found = {"python": sys.version.split()[0]}
-    for package in ("revnet-harness", *NEEDED):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+    return installed(("revnet-harness", *NEEDED))
 
 
 def _devices() -> Iterator[Finding]:

@@ -1,7 +1,6 @@
 """The machine, the library versions and the commit that a figure belongs to."""
 
 import contextlib
-import importlib.metadata
 import os
 import platform
 import socket
@@ -13,6 +12,7 @@ import torch
 
 from harness.cores import cores_held
 from harness.measure.gpu import describe_gpu
+from harness.versions import installed
 
 PACKAGES = ("torch", "deepspeed", "ray", "numpy", "scipy", "revnet-harness")
 # Settings that change the figures: of OpenMP in its three makes, of MKL, of the two allocators, of CUDA's libraries.
@@ -74,13 +74,7 @@ def device_name(device: torch.device) -> str:
 
 def describe_versions() -> dict[str, str]:
     """Python and the packages that the figures depend on; one that is not installed is left out."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+    return installed(PACKAGES)
 
 
 def describe_git() -> dict[str, Any]:
