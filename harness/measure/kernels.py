@@ -28,14 +28,17 @@ class CpuKernels(NamedTuple):
 
     threads  of the process, on which the choice of a kernel depends
     lanes    channels of a block
+    has_bf16  whether oneDNN computes in bf16 on this processor; else PyTorch does, as it does small batches
     """
 
     threads: int
     lanes: int
+    has_bf16: bool = True
 
     @classmethod
     def of_this_machine(cls, threads: int) -> "CpuKernels":
-        return cls(threads, LANES.get(torch.backends.cpu.get_cpu_capability(), OTHER_LANES))
+        lanes = LANES.get(torch.backends.cpu.get_cpu_capability(), OTHER_LANES)
+        return cls(threads, lanes, bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
     def __call__(self, func: Any, args: tuple[Any, ...], out: Any) -> int:
         if func is torch.ops.aten.convolution.default:
@@ -52,7 +55,7 @@ class CpuKernels(NamedTuple):
 
     def _forward(self, x: Tensor, w: Tensor, y: Tensor, stride: list[int], dilation: list[int], groups: int) -> int:
         if not self._by_onednn(x, w, stride, dilation, groups):
-            return _columns(x, w, y.shape, stride) + _nbytes(y)
+            return self._columns(x, w, y.shape, stride) + _nbytes(y)
         # An image's few channels are read as they are.
         few = x.shape[1] < self.lanes
         x_bytes = 0 if few else self._blocked(x)
@@ -72,7 +75,7 @@ class CpuKernels(NamedTuple):
         wanted: list[bool],
     ) -> int:
         if not self._by_onednn(x, w, stride, dilation, groups):
-            return _columns(x, w, dy.shape, stride) + wanted[0] * _nbytes(x) + wanted[1] * _nbytes(w)
+            return self._columns(x, w, dy.shape, stride) + wanted[0] * _nbytes(x) + wanted[1] * _nbytes(w)
         peak_bytes = dx_bytes = 0
         if wanted[0]:
             dx_bytes = _nbytes(x)
@@ -103,12 +106,20 @@ class CpuKernels(NamedTuple):
 
     def _by_onednn(self, x: Tensor, w: Tensor, stride: list[int], dilation: list[int], groups: int) -> bool:
         if x.dtype != torch.float32:
-            return True
+            return x.dtype != torch.bfloat16 or self.has_bf16
         kernel = w.shape[2:]
         simple = max(stride) == 1 and max(dilation) == 1 and kernel.numel() == 1
         if simple and x.shape[0] < 16 and self.threads == 1:
             return False
         return groups > 1 or min(kernel) > 3 or x.shape[0] > 1 or x.numel() > SMALL_NUMEL
+
+    @staticmethod
+    def _columns(x: Tensor, w: Tensor, y_shape: torch.Size, stride: list[int]) -> int:
+        """Patches of one image, in bf16 of all; a 1x1 kernel that meets every pixel needs none."""
+        if w.shape[2:].numel() == 1 and max(stride) == 1:
+            return 0
+        images = x.shape[0] if x.dtype == torch.bfloat16 else 1
+        return images * prod((x.shape[1], *w.shape[2:], *y_shape[2:])) * x.element_size()
 
     def _blocked(self, x: Tensor) -> int:
         return x.shape[0] * self._up(x.shape[1]) * x.shape[2:].numel() * x.element_size()
@@ -124,13 +135,6 @@ class CpuKernels(NamedTuple):
 def _copies(*operands: Tensor) -> int:
     """Of those that do not lie in one piece, part of another tensor say."""
     return sum(_nbytes(tensor) for tensor in operands if not tensor.is_contiguous())
-
-
-def _columns(x: Tensor, w: Tensor, y_shape: torch.Size, stride: list[int]) -> int:
-    """Of one image; a 1x1 kernel that meets every pixel needs none."""
-    if w.shape[2:].numel() == 1 and max(stride) == 1:
-        return 0
-    return prod((x.shape[1], *w.shape[2:], *y_shape[2:])) * x.element_size()
 
 
 def _nbytes(tensor: Tensor) -> int:

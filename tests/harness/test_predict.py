@@ -32,6 +32,8 @@ def check(one: Any) -> None:
 
 @pytest.mark.parametrize("spec", SMALLEST, ids=lambda spec: f"{spec.model}-{spec.activations}")
 def test_a_step_takes_what_was_predicted(spec: TrialSpec) -> None:
+    if "imagenet" in spec.model and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        pytest.skip("oneDNN's scratch for wide strided 1x1 convolutions is known with AVX-512 only")
     check(compare(spec))
 
 

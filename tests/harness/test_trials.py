@@ -28,7 +28,7 @@ AXIS_VALUES: dict[str, st.SearchStrategy[Any]] = {
 AXES = st.fixed_dictionaries(
     {}, optional={key: st.lists(values, min_size=1, max_size=3, unique=True) for key, values in AXIS_VALUES.items()}
 )
-SPECS = st.fixed_dictionaries({"model": st.text(min_size=1, max_size=5)}, optional=AXIS_VALUES)
+SPECS = st.fixed_dictionaries({"model": st.from_regex(r"\A[A-Za-z0-9_][A-Za-z0-9_.:-]{0,4}\Z")}, optional=AXIS_VALUES)
 
 
 def trials_of(**keys: Any) -> list[TrialSpec]:
