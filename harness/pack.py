@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from harness.errors import StoreError
-from harness.packs import FOLDER, Packed, decode_pack, encode_pack, new_name
+from harness.packs import FOLDER, Packed, as_rows, decode_pack, encode_pack, new_name
 from harness.run_folder import RunFolder
 from harness.store import RunStore
 
@@ -58,8 +58,7 @@ def _read(store: RunStore, folder: RunFolder, trial_id: str) -> Packed:
         found = store.packs.find(trial_id)
         assert found is not None
         return found
-    rows = [row._asdict() | {"value": float(row.value)} for row in store.read_trace_rows(trial_id)]
-    return Packed(record, rows or None, folder.read(f"logs/{trial_id}.log"))
+    return Packed(record, as_rows(store.read_trace(trial_id)), folder.read(f"logs/{trial_id}.log"))
 
 
 def _beside(folder: RunFolder, trial_id: str) -> list[str]:

@@ -9,23 +9,27 @@ file first, so that one that was run again is the newer one.
 
 import contextlib
 import io
+import itertools
 import json
 import uuid
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.errors import StoreError
 from harness.run_folder import RunFolder
-from harness.traces import TYPES
+from harness.traces import row_type
+
+if TYPE_CHECKING:
+    import pyarrow
 
 FOLDER = "packs"
 
 
 class Packed(NamedTuple):
-    """What a pack holds of a trial, as its small files would."""
+    """What a pack holds of a trial, as its small files would; the trace is a pyarrow.StructArray."""
 
     record: bytes
-    trace: list[dict[str, Any]] | None
+    trace: "pyarrow.StructArray | None"
     log: bytes | None
 
 
@@ -73,12 +77,15 @@ def encode_pack(trials: Mapping[str, Packed]) -> bytes:
     import pyarrow
     import pyarrow.parquet
 
-    kinds = {"string": pyarrow.string(), "int64": pyarrow.int64(), "double": pyarrow.float64()}
-    rows = pyarrow.struct([(name, kinds[kind]) for name, kind in TYPES.items()])
+    traces = [packed.trace for packed in trials.values()]
+    ends = list(itertools.accumulate((0 if trace is None else len(trace) for trace in traces), initial=0))
+    # Where a list would begin stands None for one that is not there.
+    begins = [None if trace is None else begin for trace, begin in zip(traces, ends, strict=False)]
+    rows = pyarrow.concat_arrays([pyarrow.array([], row_type()), *(trace for trace in traces if trace is not None)])
     columns: dict[str, Any] = {
         "id": pyarrow.array(trials.keys(), pyarrow.string()),
         "record": pyarrow.array([packed.record.decode() for packed in trials.values()], pyarrow.string()),
-        "trace": pyarrow.array([packed.trace for packed in trials.values()], pyarrow.list_(rows)),
+        "trace": pyarrow.ListArray.from_arrays(pyarrow.array([*begins, ends[-1]], pyarrow.int32()), rows),
         "log": pyarrow.array([packed.log for packed in trials.values()], pyarrow.binary()),
     }
     buffer = io.BytesIO()
@@ -92,19 +99,38 @@ def decode_pack(data: bytes) -> dict[str, Packed]:
     import pyarrow
     import pyarrow.parquet
 
+    wanted = {"id": pyarrow.string(), "record": pyarrow.string(), "log": pyarrow.binary()}
     try:
         file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
-        types = {field.name: str(field.type) for field in file.schema_arrow}
-        if (types.get("id"), types.get("record"), types.get("log")) != ("string", "string", "binary"):
+        types = {field.name: field.type for field in file.schema_arrow}
+        lists = types.get("trace")
+        # What a list's items are called differs between writers.
+        if lists is None or not pyarrow.types.is_list(lists) or lists.value_type != row_type():
+            raise ValueError("it has no column of traces")
+        if {name: types.get(name) for name in wanted} != wanted:
             raise ValueError("it has no columns id, record and log of text and bytes")
-        rows = file.read(columns=["id", "record", "trace", "log"]).to_pylist()
+        table = file.read(columns=["id", "record", "trace", "log"]).combine_chunks()
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(str(error).splitlines()[0]) from None
-    for row in rows:
-        cells = [cell for trace_row in row["trace"] or () for cell in trace_row.items()]
-        if row["id"] is None or row["record"] is None or any(name not in TYPES or cell is None for name, cell in cells):
-            raise ValueError("it has empty cells, or a trace of other columns")
-    return {row["id"]: Packed(row["record"].encode(), row["trace"], row["log"]) for row in rows}
+    cells = [column for chunk in table["trace"].chunks for column in chunk.flatten().flatten()]
+    if table["id"].null_count or table["record"].null_count or any(column.null_count for column in cells):
+        raise ValueError("it has empty cells")
+    ids, records, logs = (table[name].to_pylist() for name in ("id", "record", "log"))
+    traces = (scalar.values if scalar.is_valid else None for scalar in table["trace"])
+    return {
+        trial_id: Packed(record.encode(), trace, log)
+        for trial_id, record, trace, log in zip(ids, records, traces, logs, strict=True)
+    }
+
+
+def as_rows(table: "pyarrow.Table | None") -> "pyarrow.StructArray | None":
+    """A trial's trace as a pack holds it."""
+    import pyarrow
+
+    if table is None:
+        return None
+    [batch] = table.cast(pyarrow.schema(row_type())).combine_chunks().to_batches() or [None]
+    return None if batch is None else batch.to_struct_array()
 
 
 def new_name() -> str:

@@ -27,7 +27,7 @@ from harness.plan_file import Plan, plan_hash
 from harness.record import Record, TraceRow
 from harness.run_folder import RunFolder
 from harness.spec_check import problem_of
-from harness.traces import as_table, decode_json, decode_parquet, encode_trace
+from harness.traces import decode_json, decode_parquet, encode_trace
 
 if TYPE_CHECKING:
     import pyarrow
@@ -214,7 +214,9 @@ class RunStore:
         if columns is not None:
             return pyarrow.table(columns)
         packed = self._packed(trial_id)
-        return None if packed is None else as_table(packed.trace)
+        if packed is None or packed.trace is None:
+            return None
+        return pyarrow.Table.from_batches([pyarrow.RecordBatch.from_struct_array(packed.trace)])
 
     def read_trace_rows(self, trial_id: str) -> list[TraceRow]:
         """The trial's long tables as rows; none when it has none. Needs pyarrow only where it was written with it."""

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.plain_json import read_json
@@ -49,11 +49,12 @@ def decode_parquet(data: bytes) -> "pyarrow.Table":
     return table
 
 
-def as_table(rows: Sequence[Mapping[str, Any]] | None) -> "pyarrow.Table | None":
-    """Rows with the columns of TraceRow, as `decode_parquet` gives them."""
+def row_type() -> "pyarrow.StructType":
+    """Of a row of a trace."""
     import pyarrow
 
-    return pyarrow.table({name: [row[name] for row in rows] for name in TYPES}) if rows else None
+    kinds = {"string": pyarrow.string(), "int64": pyarrow.int64(), "double": pyarrow.float64()}
+    return pyarrow.struct([(name, kinds[kind]) for name, kind in TYPES.items()])
 
 
 def decode_json(data: bytes) -> dict[str, list[Any]]:
