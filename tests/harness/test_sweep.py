@@ -30,7 +30,7 @@ when:
   - if: {model: "faulty_models:fine"}
     grid: {compute: [fp32, fp16, bf16]}
 fixed: {activations: stored, measured_steps: 1, warmup_steps: 0, batch_size: 4, depth: null}
-resources: {timeout_s: 30, memory: 1GiB, max_attempts: 2}
+resources: {timeout_s: 45, memory: 1GiB, max_attempts: 2}
 """
 
 SWEEP = """\
@@ -63,7 +63,7 @@ def by_model(store: RunStore, compute: str = "fp32") -> dict[str, Record]:
         ("fine", "ok", None),
         ("raises", "failed", "ValueError: planted"),
         ("killed", "crashed", "the process was ended by SIGKILL"),
-        ("hangs", "timeout", "still running after 30 s"),
+        ("hangs", "timeout", "still running after 45 s"),
         ("hungry", "oom", "over the limit of 1024 MiB"),
         ("diverges", "diverged", "the loss of measured step 0 is nan"),
     ],
