@@ -13,9 +13,14 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
+from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
+from ray.exceptions import AuthenticationError, RpcError
 
 from harness.errors import ResourceError
+
+QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 
 
 @contextlib.contextmanager
@@ -24,17 +29,10 @@ def ray_session(address: str | None, cpus: int | None = None) -> Iterator[None]:
 
     cpus  of our own Ray, where they are to be others than this process may use
 
-    Raises ResourceError when the cluster does not answer.
+    Raises ResourceError when the cluster does not answer, asks for a token that is not ours, or can't be joined so.
     """
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is not None:
-        try:
-            ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            raise ResourceError(
-                f"--address {address}: no Ray cluster answers ({error}). Start one with `ray start --head`, or leave "
-                "--address out to run on this machine."
-            ) from None
+        _join(address)
         try:
             with _ended_by_sigterm():
                 yield
@@ -50,12 +48,36 @@ def ray_session(address: str | None, cpus: int | None = None) -> Iterator[None]:
                 object_store_memory=100 * 2**20,
                 _node_ip_address="127.0.0.1",
                 _temp_dir=temp_dir,
-                **quiet,
+                **QUIET,
             )
             with _ended_by_sigterm():
                 yield
         finally:
             ray.shutdown()
+
+
+def _join(address: str) -> None:
+    if "://" in address:
+        raise ResourceError(
+            f"--address {address}: not the address of a cluster to join. On one of its nodes give HOST:PORT, with the "
+            "port of `ray start --head` (6379), or `auto`; from outside, `ray job submit -- revnet run ...`."
+        )
+    try:
+        # Asked beforehand, since ray.init has no reason to give when it fails, and tries 20 times whatever the reason;
+        # and this only with a token that can be read, without which it ends the process.
+        ensure_token_if_auth_enabled(create_token_if_missing=False)
+        GcsClient(address=services.canonicalize_bootstrap_address_or_die(address))
+        ray.init(address=address, **QUIET)
+    except AuthenticationError:
+        raise ResourceError(
+            f"--address {address}: this Ray cluster wants its token, and here is none or another one. Set "
+            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the token (or RAY_AUTH_TOKEN to the token)."
+        ) from None
+    except (RpcError, ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise ResourceError(
+            f"--address {address}: no Ray cluster answers ({error}). Start one with `ray start --head`, or leave "
+            "--address out to run on this machine."
+        ) from None
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness.plan_file import Plan
 from tests.harness.conftest import Command
 
 STUDY = """\
@@ -67,7 +68,7 @@ def test_a_plan_says_what_does_not_fit(revnet_here: Command, tmp_path: Path) -> 
 def test_a_run_directory_of_another_study_is_refused(revnet_here: Command, tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text(STUDY)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "plan.json").write_text('{"schema": 1, "name": "other", "hash": "00", "trials": ["a"]}')
+    (tmp_path / "run" / "plan.json").write_bytes(Plan.of("other", ["a" * 12]).to_json())
     done = revnet_here("run", "study.yaml", "--out", "run")
     assert done.returncode == 2
     assert "run of another study: 'other'" in done.stderr
@@ -137,3 +138,10 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_an_address_of_the_ray_client_is_refused(revnet_here: Command) -> None:
+    refused = revnet_here("run", "quickstart", "--address", "ray://head:10001")
+    assert refused.returncode == 2
+    assert "--address ray://head:10001: not the address of a cluster to join" in refused.stderr
+    assert "HOST:PORT" in refused.stderr

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -96,3 +97,18 @@ def test_a_killed_raylet_is_noticed_and_its_host_joins_again(hosts: Hosts) -> No
 def test_a_host_that_stays_alive_is_not_taken_for_dead(hosts: Hosts) -> None:
     with pytest.raises(TimeoutError, match="alive after 1 s"):
         hosts.await_alive(["head", "w1", "w2"], 1)
+
+
+@pytest.mark.parametrize(
+    "env",
+    [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "another"}, {"RAY_AUTH_TOKEN_PATH": "/nowhere/token"}],
+    ids=["no token", "wrong", "no file"],
+)
+def test_who_lacks_the_token_is_told_so(hosts: Hosts, env: dict[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "harness.cli", "run", "quickstart", "--limit=1", f"--address={hosts.address}"]
+    process = hosts["w1"].run(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    output, errors = process.communicate(timeout=100)
+    assert (process.returncode, output) == (2, "")
+    assert f"--address {hosts.address}: this Ray cluster wants its token" in errors
+    assert "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file" in errors
+    assert "Traceback" not in errors
