@@ -3,6 +3,7 @@
 import contextlib
 import os
 import posixpath
+import re
 import stat
 import uuid
 from collections.abc import Iterator
@@ -35,7 +36,9 @@ class RunFolder:
 
     @property
     def is_empty(self) -> bool:
-        return not (self.fs.exists(self.root) and self.fs.ls(self.root))
+        """Files that are being written do not count."""
+        names = self.names_in("")
+        return all(re.fullmatch(r"\..+\.[0-9a-f]{32}", name) for name in names)
 
     def names_in(self, folder: str) -> list[str]:
         # Others write here too: what an object store was found to hold a moment ago is of no use.

@@ -73,9 +73,10 @@ class RunStore:
             self.check_search(search)
         from harness.study_file import to_yaml
 
-        self._folder.write("study.yaml", to_yaml(study).encode())
+        # The plan first: it is what tells another driver, which may begin now too, that this is a run.
         if search is not None or self.read_plan() is None:
             self._folder.write("plan.json", Plan.of(study["name"], trial_ids, search).to_json())
+        self._folder.write("study.yaml", to_yaml(study).encode())
 
     def check_search(self, search: str) -> None:
         """Raises StoreError when the directory holds something else than this search."""
@@ -99,6 +100,9 @@ class RunStore:
     def _plan_unless_empty(self) -> Plan | None:
         plan = self.read_plan()
         if plan is None and not self._folder.is_empty:
+            plan = self.read_plan()  # it may have come meanwhile
+            if plan is not None:
+                return plan
             raise StoreError(
                 f"{self.uri}: the directory is not empty and holds no plan.json, so it is not a run. "
                 "Give an empty or a new directory with --out."

@@ -26,6 +26,7 @@ dist.init_process_group("gloo", init_method=f"tcp://{where}:29500", rank=rank, w
 total = torch.tensor([3.0, 40.0][rank])
 dist.all_reduce(total)
 print(total.item())
+dist.destroy_process_group()
 """
 TWO_HOSTS = """
 import sys

@@ -7,6 +7,7 @@ import pytest
 
 from harness.errors import RecordError, StoreError
 from harness.record import Record, TraceRow
+from harness.run_folder import RunFolder
 from harness.store import RunStore
 
 STUDY = {"name": "s", "question": "what: is it?", "grid": {"depth": [14, 26]}}
@@ -79,6 +80,28 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"holds no plan\.json"):
         RunStore(tmp_path).open_for(STUDY, [A])
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_of_two_that_open_a_directory_at_once_neither_takes_it_for_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other is at each moment of its own opening when this one looks."""
+    store, write = RunStore(tmp_path / "run"), RunFolder.write
+    looked: list[str] = []
+
+    def write_and_look(folder: RunFolder, name: str, data: bytes) -> None:
+        part = Path(folder.root, f".{name}.{'0' * 32}")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(b"")
+        RunStore(tmp_path / "run")._check_empty_or("s", [A])
+        part.unlink()
+        write(folder, name, data)
+        RunStore(tmp_path / "run")._check_empty_or("s", [A])
+        looked.append(name)
+
+    monkeypatch.setattr(RunFolder, "write", write_and_look)
+    store.open_for(STUDY, [A])
+    assert looked == ["plan.json", "study.yaml"]
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(
