@@ -117,7 +117,7 @@ def plan(
     def chosen(trial: "TrialSpec") -> Device:
         return Device(device.value, trial.resources.cpus_per_worker) if device else device_of(trial)
 
-    print_plan(trials, forecast(trials, chosen), store.finished_ids(), memory_bytes)
+    print_plan(trials, forecast(trials, chosen), store.finished_ids(), lambda _: memory_bytes)
 
 
 @app.command()

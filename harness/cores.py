@@ -25,7 +25,10 @@ def held_cores(count: int) -> Iterator[list[int]]:
         for core in _in_order(sorted(os.sched_getaffinity(0)), count) if folder else ():
             if len(held) < count and _lock(Path(folder or "", f"{core}.lock"), locks):
                 held.append(core)
-        yield sorted(held) if len(held) == count else []
+        if len(held) < count:
+            locks.close()
+            held = []
+        yield sorted(held)
 
 
 def bind(cpus_per_worker: int) -> None:

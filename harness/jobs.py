@@ -133,7 +133,6 @@ def largest_first(trials: Sequence[TrialSpec]) -> list[TrialSpec]:
     """By what a trial's time grows with, for trials of one study; so that no long one is left for the end."""
 
     def size(trial: TrialSpec) -> int:
-        steps = trial.warmup_steps + trial.measured_steps + 2 * trial.drift_steps
-        return (trial.depth or 1) * trial.batch_size * trial.data.image_size**2 * (steps + 1)
+        return (trial.depth or 1) * trial.batch_size * trial.data.image_size**2 * (trial.steps + 1)
 
     return sorted(trials, key=size, reverse=True)

@@ -1,7 +1,7 @@
 """What `revnet plan` prints: each trial with its predicted memory, and a summary by strategy."""
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from rich.console import Console
@@ -52,15 +52,18 @@ def wide_console() -> Console:
 
 
 def print_plan(
-    trials: Sequence[TrialSpec], predictions: Predictions, done: Collection[str], memory_bytes: int | None
+    trials: Sequence[TrialSpec],
+    predictions: Predictions,
+    done: Collection[str],
+    memory_bytes: Callable[[TrialSpec], int | None],
 ) -> None:
     """A table of the trials with the fields that differ between them; those that do not are listed once.
 
-    memory_bytes  of a rank's device; None: as the study's resources say, and no verdict where they say nothing
+    memory_bytes  of a trial's device; None: as the study's resources say, and no verdict where they say nothing
     """
     console = wide_console()
     varying = [name for name in AXES if len({trial.value(name) for trial in trials}) > 1]
-    fits = {trial.id: _fit(trial, predictions[trial.id], memory_bytes) for trial in trials}
+    fits = {trial.id: _fit(trial, predictions[trial.id], memory_bytes(trial)) for trial in trials}
     with_fits = any(fits.values())
     measures = ["saved MiB", "peak MiB", "total MiB"]
     table = Table("id", *varying, box=None, pad_edge=False)

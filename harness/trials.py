@@ -189,6 +189,12 @@ class TrialSpec(_Inert):
         """First 12 hexadecimal digits of the SHA-256 of the canonical JSON."""
         return id_of(self.model_dump(mode="json"))
 
+    @property
+    def steps(self) -> int:
+        """Training steps that it takes, but for the few that are looked into; where drift is followed a twin takes as
+        many."""
+        return self.warmup_steps + self.measured_steps + 2 * self.drift_steps
+
     def value(self, key: str) -> Any:
         """What the trial has under one of AXES."""
         section, _, field = key.rpartition(".")

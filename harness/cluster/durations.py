@@ -45,7 +45,7 @@ class Estimate(NamedTuple):
     how: How
 
     def trial_s(self, trial: TrialSpec) -> float:
-        return self.beside_s + steps_of(trial) * self.step_s
+        return self.beside_s + trial.steps * self.step_s
 
 
 class Measured(NamedTuple):
@@ -60,22 +60,16 @@ class Measured(NamedTuple):
 Family = tuple[object, ...]
 
 
-def steps_of(trial: TrialSpec) -> int:
-    return trial.warmup_steps + trial.measured_steps + 2 * trial.drift_steps
-
-
 class Earlier:
     """Records of trials that ran to their end, by what makes them alike."""
 
     def __init__(self, records: Iterable[Record]) -> None:
-        self.devices: set[str] = set()
         samples: dict[Family, dict[int, list[Measured]]] = defaultdict(lambda: defaultdict(list))
         for record in records:
             found = _measured(record)
             if found is not None:
                 family, measured = found
                 samples[family][measured.flops].append(measured)
-                self.devices.add(str(record.machine.get("device_name")))
         # Repeats are one point.
         self._points: dict[Family, list[Measured]] = {
             family: [
@@ -114,7 +108,7 @@ def _measured(record: Record) -> tuple[Family, Measured] | None:
     except StudyError:
         return None  # of another version, whose trials may be others
     device = "CPU" if record.machine.get("device") == "cpu" else str(record.machine.get("device_name"))
-    beside_s = max(0.0, record.attempts[-1].wall_s - steps_of(trial) * step_s)
+    beside_s = max(0.0, record.attempts[-1].wall_s - trial.steps * step_s)
     return _family(trial, device), Measured(int(sum(count or 0 for count in flops)), float(step_s), beside_s)
 
 

@@ -11,7 +11,7 @@ from harness.forecast import Unpredicted
 from harness.placing import Place, amounts_of_rank, place_of, times
 from harness.plan_view import Fit
 from harness.predict import Prediction
-from harness.trials import TrialSpec
+from harness.trials import TrialResources, TrialSpec
 
 # What a scheduler adds to a trial, at most; `python -m studies.overhead` measures it.
 SCHEDULING_S = 0.3
@@ -22,7 +22,7 @@ class Prospect(NamedTuple):
 
     place      None where no place of the cluster holds it; `why` says so
     groups     positions of the groups of nodes that it may come to
-    fits       on the device of each of these; None without a prediction
+    fits       on the device of each of these; None without a prediction, and on the host of GPUs
     estimates  of its time on each of them, or why that is not known
     """
 
@@ -72,10 +72,10 @@ class Outlook(NamedTuple):
         return max((span.end_s for span in self.spans.values()), default=0.0)
 
     def device_s(self, prospect: Prospect) -> float:
-        """Of all GPUs that it takes, or of all cores where it takes no GPU."""
+        """Of all GPUs that it takes; in a cluster without any, of all cores."""
         span = self.spans[prospect.trial.id]
         rank = amounts_of_rank(prospect.trial, self.has_gpus)
-        return (span.end_s - span.start_s) * prospect.trial.workers * rank.get("GPU", rank["CPU"])
+        return (span.end_s - span.start_s) * prospect.trial.workers * rank.get("GPU" if self.has_gpus else "CPU", 0)
 
     @property
     def has_gpus(self) -> bool:
@@ -109,12 +109,10 @@ def look_ahead(
 def _placer(cluster: Sequence[NodeGroup]) -> Callable[[TrialSpec], Place | str]:
     """Trials that ask for the same get the same, without another look at all nodes."""
     nodes = [group.amounts for group in cluster for _ in range(group.nodes)]
-    found: dict[tuple[int, ...], Place | str] = {}
+    found: dict[tuple[int, TrialResources], Place | str] = {}
 
     def place_for(trial: TrialSpec) -> Place | str:
-        resources = trial.resources
-        gpus = -1 if resources.gpus_per_worker is None else resources.gpus_per_worker
-        asked = trial.workers, resources.cpus_per_worker, gpus
+        asked = trial.workers, trial.resources
         if asked not in found:
             try:
                 found[asked] = place_of(trial, nodes)
@@ -137,8 +135,12 @@ def _prospect(
         return Prospect(trial, None, place, (), (), ())
     # A node of such a group holds at least one bundle when it is idle.
     may = [index for index, group in enumerate(cluster) if times(group.amounts, dict(place.bundles[0]))]
+    takes_gpu = "GPU" in dict(place.bundles[0])
     fits = tuple(
-        Fit.of(prediction, cluster[index].memory_bytes) if isinstance(prediction, Prediction) else None for index in may
+        Fit.of(prediction, cluster[index].memory_bytes)
+        if isinstance(prediction, Prediction) and cluster[index].has_gpus == takes_gpu
+        else None
+        for index in may
     )
     estimates = tuple(durations.estimate(trial, cluster[index], spread=place.is_spread) for index in may)
     return Prospect(trial, place, "", tuple(may), fits, estimates)

@@ -9,6 +9,7 @@ from harness.cluster.view import print_outlook
 from harness.cluster.works import works_of
 from harness.forecast import forecast
 from harness.jobs import largest_first
+from harness.placing import amounts_of_rank
 from harness.plan_view import print_plan
 from harness.predict import Device
 from harness.store import RunStore
@@ -32,7 +33,7 @@ def plan_on(
     beside_s = BESIDE_S if beside_s is None else beside_s
     predictions = forecast(trials, lambda trial: _device(trial, groups))
     done = store.finished_ids()
-    print_plan(trials, predictions, done, max(group.memory_bytes for group in groups))
+    print_plan(trials, predictions, done, lambda trial: _memory_bytes(trial, groups))
     left = largest_first([trial for trial in trials if trial.id not in done])
     if left:
         records = [record for run in (store, *earlier) for record in run.read_records()]
@@ -41,6 +42,14 @@ def plan_on(
 
 
 def _device(trial: TrialSpec, groups: Sequence[NodeGroup]) -> Device:
-    gpus = trial.resources.gpus_per_worker
-    on_gpu = any(group.has_gpus for group in groups) if gpus is None else gpus > 0
-    return Device("cuda" if on_gpu else "cpu", trial.resources.cpus_per_worker)
+    return Device("cuda" if _takes_gpu(trial, groups) else "cpu", trial.resources.cpus_per_worker)
+
+
+def _memory_bytes(trial: TrialSpec, groups: Sequence[NodeGroup]) -> int | None:
+    """Of the largest device that it may come to; None on the host of GPUs, whose memory nobody gave."""
+    fitting = (group.memory_bytes for group in groups if group.has_gpus == _takes_gpu(trial, groups))
+    return max(fitting, default=None)
+
+
+def _takes_gpu(trial: TrialSpec, groups: Sequence[NodeGroup]) -> bool:
+    return "GPU" in amounts_of_rank(trial, any(group.has_gpus for group in groups))

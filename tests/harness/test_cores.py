@@ -49,11 +49,10 @@ def test_two_that_hold_cores_have_different_ones_and_a_third_has_none_where_ther
 
 
 def test_what_cannot_be_had_whole_is_left_to_others() -> None:
-    with held_cores(1) as one:
-        with held_cores(len(ALL)) as none:
-            assert none == []
-        with held_cores(len(ALL) - 1) as others:
-            assert sorted(one + others) == ALL
+    """While whoever wanted more goes on without any."""
+    with held_cores(1) as one, held_cores(len(ALL)) as none, held_cores(len(ALL) - 1) as others:
+        assert none == []
+        assert sorted(one + others) == ALL
 
 
 def test_cores_of_a_process_that_is_killed_are_free_again() -> None:

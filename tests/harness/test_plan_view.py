@@ -34,7 +34,9 @@ def printed(capsys: pytest.CaptureFixture[str]) -> Printed:
     def call(
         trials: list[TrialSpec], predictions: list[Prediction | Unpredicted], memory_bytes: int | None = None
     ) -> list[str]:
-        print_plan(trials, {t.id: p for t, p in zip(trials, predictions, strict=True)}, [trials[0].id], memory_bytes)
+        print_plan(
+            trials, {t.id: p for t, p in zip(trials, predictions, strict=True)}, [trials[0].id], lambda _: memory_bytes
+        )
         return capsys.readouterr().out.splitlines()
 
     return call

@@ -7,7 +7,7 @@ import pytest
 from torch import Tensor, nn
 
 from harness.cluster.description import parse_cluster
-from harness.cluster.durations import LAUNCH_S, NIC_BYTES_PER_S, Durations, Earlier, Estimate, roofline_s, steps_of
+from harness.cluster.durations import LAUNCH_S, NIC_BYTES_PER_S, Durations, Earlier, Estimate, roofline_s
 from harness.cluster.gpus import gpu_of
 from harness.cluster.works import works_of
 from harness.measure.work import StepWork, step_work
@@ -64,7 +64,7 @@ def test_from_records_a_time_goes_by_operations(teraflops: float, step_s: float,
 
 
 def test_a_trial_takes_its_steps_and_what_is_beside_them() -> None:
-    assert steps_of(TRIAL) == 4
+    assert TRIAL.steps == 4
     assert Estimate(2.0, 10.0, "records").trial_s(TRIAL) == 18.0
 
 

@@ -85,6 +85,20 @@ def test_what_does_not_fit_the_device_ends_early(study: Path, revnet_here: Comma
     assert "8 trials are left out, since their time is not known: no earlier record" in none.stdout
 
 
+def test_a_trial_without_gpus_takes_no_gpu_hours_and_is_not_held_against_a_gpu(
+    tmp_path: Path, revnet_here: Command
+) -> None:
+    (tmp_path / "small.yaml").write_text(STUDY.replace("[1, 3, 20]", "[1]") + "resources: {gpus_per_worker: 0}\n")
+    run = RunStore(tmp_path / "earlier")
+    for trial in expand(load_study(str(tmp_path / "small.yaml"))):
+        record = record_of(trial, 0.001, 3600.0)
+        run.write_trial(record.model_copy(update={"machine": {"device": "cpu", "device_name": "some CPU"}}))
+    on = ("--cluster", "1x4xH200-0.0001GB/4cores", "--from", "earlier")
+    done = revnet_here("plan", "small.yaml", *on)
+    assert "4 trials take 1 h 0 min and 0.00 GPU-hours; 0% of the 4 GPUs' time is used" in done.stdout, done.stdout
+    assert "predicted not to fit" not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
