@@ -1,12 +1,14 @@
 """One attempt of a trial: claimed, supervised, and recorded unless another one is to follow. Knows no Ray."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from harness.claims import Holder, read_claim
+from harness.interrupts import kept_interrupts
 from harness.record import Attempt, Record, Status
 from harness.store import RunStore
-from harness.supervise import Supervised, Watcher
+from harness.supervise import Supervised, Verdict, Watcher
 from harness.trials import TrialSpec
 
 
@@ -44,25 +46,32 @@ class Ended(NamedTuple):
 def attempt(job: Job, store: RunStore, run: Callable[[Watcher], Supervised]) -> Ended:
     """Claim the attempt, make it by `run`, which has to let the watcher watch it, and write what came of it.
 
-    Whatever ends this early (KeyboardInterrupt, say) gives the claim back.
+    A KeyboardInterrupt comes while the trial is watched, and gives the claim back; before, it would leave a claim
+    without a holder, and after, a trial that has ended without its record.
     """
-    holder = Holder.take(store, job.trial.id, job.number)
-    if holder is None:
-        return Ended("held")
-    try:
-        if recorded(store, job.trial.id) != job.seen:
-            holder.release()
+    with kept_interrupts() as interrupt:
+        holder = Holder.take(store, job.trial.id, job.number)
+        if holder is None:
             return Ended("held")
-        done = run(holder.watch)
-    except BaseException:
-        holder.release()
-        raise
-    last = done.record.attempts[-1]
-    if last.lost and not job.is_last:
-        store.write_log(job.trial.id, done.log or b"")
-        holder.end(last)
-        return Ended("again", last.status, last.reason, last.wall_s)
-    return _conclude(job, store, holder, done)
+
+        def watch(log: Path) -> Verdict | None:
+            interrupt()
+            return holder.watch(log)
+
+        try:
+            if recorded(store, job.trial.id) != job.seen:
+                holder.release()
+                return Ended("held")
+            done = run(watch)
+        except BaseException:
+            holder.release()
+            raise
+        last = done.record.attempts[-1]
+        if last.lost and not job.is_last:
+            store.write_log(job.trial.id, done.log or b"")
+            holder.end(last)
+            return Ended("again", last.status, last.reason, last.wall_s)
+        return _conclude(job, store, holder, done)
 
 
 def give_up(job: Job, store: RunStore) -> Ended:

@@ -1,5 +1,6 @@
 """Whatever happens to whoever runs it, a trial ends with one record that tells of all its attempts."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -218,3 +219,49 @@ def test_a_request_to_stop_is_seen_but_not_looked_for_all_the_time(store: RunSto
     assert not jobs.are_to_stop()
     clock.now += BEAT_S
     assert jobs.are_to_stop()
+
+
+def interrupting(method: Callable[..., object]) -> Callable[..., object]:
+    """Ctrl-C, or a task that is cancelled, as soon as the store has done it."""
+
+    def call(*arguments: object) -> object:
+        answer = method(*arguments)
+        signal.raise_signal(signal.SIGINT)
+        return answer
+
+    return call
+
+
+def test_a_trial_that_is_ended_while_it_is_claimed_was_never_begun(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "create_claim", interrupting(store.create_claim))
+    jobs, begun = Jobs(TRIALS[:1], store, 3), []
+
+    def run(watch: Watcher) -> Supervised:
+        begun.append(job)
+        watch(Path("log"))
+        raise AssertionError("should have been ended")
+
+    job = jobs.take()
+    assert job is not None
+    with pytest.raises(KeyboardInterrupt):
+        attempt(job, store, run)
+    assert begun
+    assert store.claim_numbers() == {}
+    assert store.finished_ids() == set()
+
+
+@pytest.mark.parametrize("when", ["write_trial", "remove_claim"])
+def test_a_trial_that_is_ended_while_it_is_recorded_is_recorded(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    monkeypatch.setattr(store, when, interrupting(getattr(store, when)))
+    job = Jobs(TRIALS[:1], store, 3).take()
+    assert job is not None
+    with pytest.raises(KeyboardInterrupt):
+        attempt(job, store, came_to(job.trial))
+    assert statuses(store, job.trial) == [("ok", False)]
+    assert store.claim_numbers() == {}
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)

@@ -41,6 +41,7 @@ grid: {batch_size: [2, 4], activations: [stored, checkpointed, reconstructed]}
 fixed: {depth: 14, measured_steps: 2, warmup_steps: 0, audit_batch_size: 2}
 """
 TRIALS = 6
+SLOTS = len(os.sched_getaffinity(0))
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +155,7 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_stopped(revnet: Command, tmp_p
         stopped = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
         next(finished_lines(stopped))
         # Until the next has begun too: one that is about to end may leave its record yet, and nothing would be lost.
-        assert eventually(lambda: len(store.claim_numbers()) >= min(2, len(os.sched_getaffinity(0))))
+        assert eventually(lambda: len(store.claim_numbers()) >= min(2, SLOTS))
         stopped.send_signal(how)
         rest, _ = stopped.communicate(timeout=60)
         now = contents(store)
@@ -176,7 +177,7 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_stopped(revnet: Command, tmp_p
     assert [[one["status"] for one in each if not one["lost"]] for each in attempts] == [["ok"]] * TRIALS
     # Those that ran when the first driver was killed; of one that was given back no attempt is left.
     lost = [one for each in attempts for one in each if one["lost"]]
-    assert 0 < len(lost) <= 2
+    assert 0 < len(lost) <= SLOTS
     assert all("supervising process was lost" in one["reason"] for one in lost)
 
     again = revnet("run", "sweep.yaml", "--out", "run")
