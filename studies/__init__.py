@@ -1,0 +1,1 @@
+"""Studies that come with the harness, and the measurements that its documents quote."""
