@@ -21,10 +21,12 @@ def run_selected(
         return False
     store.clear_stop()
     from harness.progress import SweepProgress
-    from harness.schedule import ray_session, run_trials
+    from harness.schedule import ray_session, refuse_unreached, run_trials
 
     try:
         with ray_session(address), SweepProgress(len(selected), planned) as progress:
+            if address is not None:
+                refuse_unreached(store)
             for tick in run_trials(selected, store, resources.timeout_s, resources.max_attempts, exports):
                 progress.update(tick)
     except KeyboardInterrupt:
@@ -36,10 +38,11 @@ def leave_to_cluster(
     selected: Sequence[TrialSpec], store: RunStore, resources: StudyResources, address: str | None
 ) -> None:
     """Start the driver there, and say how to follow it."""
-    from harness.schedule import detach, ray_session
+    from harness.schedule import detach, ray_session, refuse_unreached
 
     store.clear_stop()
     with ray_session(address):
+        refuse_unreached(store)
         name = detach(selected, store, resources.timeout_s, resources.max_attempts)
     uri = store.absolute_uri
     say(f"{len(selected)} trials left to the driver {name} in the cluster; it is safe to log out.")

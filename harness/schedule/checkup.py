@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from harness.doctor import gpu_names, versions
 from harness.schedule.tasks import Order, in_bundle, lead
-from harness.storage_check import clear_marks, leave_mark
+from harness.storage_check import clear_marks, reach
 from harness.supervise import WORKER, Supervised, Verdict
 from harness.trials import TrialSpec
 
@@ -60,12 +60,7 @@ def seen_from_each(storage: str | None) -> Iterator[Node]:
 
 @ray.remote(max_retries=0)
 def _look(cpus: float, storage: str | None, token: str, node_id: str, marked: set[str]) -> Node:
-    storage_error, sees_others = None, True
-    if storage is not None:
-        try:
-            sees_others = leave_mark(storage, token, node_id) >= marked
-        except Exception as error:  # noqa: BLE001 - file systems raise what they like, and each is a finding
-            storage_error = f"{type(error).__name__}: {error}"
+    storage_error, sees_others = reach(storage, token, node_id, marked) if storage is not None else (None, True)
     return Node(socket.gethostname(), cpus, versions(), gpu_names(), storage_error, sees_others)
 
 

@@ -19,6 +19,7 @@ from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
 from ray.exceptions import AuthenticationError, RpcError
 
 from harness.errors import ResourceError
+from harness.schedule.client import CLIENT, join_as_client, token_wanted
 
 QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 
@@ -57,10 +58,13 @@ def ray_session(address: str | None, cpus: int | None = None) -> Iterator[None]:
 
 
 def _join(address: str) -> None:
+    if address.startswith(CLIENT):
+        join_as_client(address, **QUIET)
+        return
     if "://" in address:
         raise ResourceError(
-            f"--address {address}: not the address of a cluster to join. On one of its nodes give HOST:PORT, with the "
-            "port of `ray start --head` (6379), or `auto`; from outside, `ray job submit -- revnet run ...`."
+            f"--address {address}: not the address of a Ray cluster. On one of its nodes give HOST:PORT, with the port "
+            "of `ray start --head` (6379), or `auto`; from outside, ray://HOST:10001."
         )
     try:
         # Asked beforehand, since ray.init has no reason to give when it fails, and tries 20 times whatever the reason;
@@ -69,10 +73,7 @@ def _join(address: str) -> None:
         GcsClient(address=services.canonicalize_bootstrap_address_or_die(address))
         ray.init(address=address, **QUIET)
     except AuthenticationError:
-        raise ResourceError(
-            f"--address {address}: this Ray cluster wants its token, and here is none or another one. Set "
-            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the token (or RAY_AUTH_TOKEN to the token)."
-        ) from None
+        raise ResourceError(token_wanted(address)) from None
     except (RpcError, ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise ResourceError(
             f"--address {address}: no Ray cluster answers ({error}). Start one with `ray start --head`, or leave "

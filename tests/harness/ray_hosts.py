@@ -15,6 +15,7 @@ import psutil
 from tests.harness.hosts import Host, network
 
 PORT = 6379
+CLIENT_PORT = 10001
 START_S = 60.0
 POLL_S = 0.05
 # A cut host counts as dead after 3 checks of 0.5 + 2 s, not after a minute as by default; one that waits for a core
@@ -25,6 +26,8 @@ SETTINGS = {
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # gRPC's care for forked processes breaks one in seven of those that serve Ray's clients on a busy machine.
+    "GRPC_ENABLE_FORK_SUPPORT": "0",
 }
 RAY_START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--include-log-monitor=false"]
 RAY_START += [f"--object-store-memory={80 * 2**20}"]
@@ -88,6 +91,7 @@ class Hosts:
         self._hosts, self._cpus = hosts, cpus
         self.names = list(hosts)
         self.address = f"{hosts['head'].address}:{PORT}"
+        self.client_address = f"ray://{hosts['head'].address}:{CLIENT_PORT}"
 
     def __getitem__(self, name: str) -> RayHost:
         return self._hosts[name]
@@ -95,7 +99,7 @@ class Hosts:
     def start(self, *names: str) -> None:
         """Let these hosts join, again if need be; returns when they have."""
         for name in names:
-            role = ["--head", f"--port={PORT}", "--include-dashboard=false"]
+            role = ["--head", f"--port={PORT}", f"--ray-client-server-port={CLIENT_PORT}", "--include-dashboard=false"]
             if name != "head":
                 role = [f"--address={self.address}"]
             self[name].launch_ray(*role, f"--num-cpus={self._cpus}")

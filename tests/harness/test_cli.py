@@ -140,8 +140,25 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_an_address_of_the_ray_client_is_refused(revnet_here: Command) -> None:
-    refused = revnet_here("run", "quickstart", "--address", "ray://head:10001")
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("http://127.0.0.1:8265", "not the address of a Ray cluster. On one of its nodes give HOST:PORT"),
+        ("ray://127.0.0.1:1", "no server for Ray's clients answers there (UNAVAILABLE"),
+        ("ray://127.0.0.1:http", "no server for Ray's clients answers there (UNAVAILABLE"),
+        ("ray://127.0.0.1:99999999999", "no server for Ray's clients answers there (UNAVAILABLE"),
+    ],
+)
+def test_an_address_of_no_cluster_is_refused(revnet_here: Command, address: str, said: str) -> None:
+    refused = revnet_here("run", "quickstart", "--address", address)
     assert refused.returncode == 2
-    assert "--address ray://head:10001: not the address of a cluster to join" in refused.stderr
-    assert "HOST:PORT" in refused.stderr
+    assert f"--address {address}: {said}" in refused.stderr
+
+
+def test_without_grpcio_it_is_said_that_the_client_needs_it(
+    revnet_here: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused = revnet_here("run", "quickstart", "--address", "ray://127.0.0.1:1")
+    assert refused.returncode == 2
+    assert "pip install 'revnet-harness[client]'" in refused.stderr

@@ -153,6 +153,40 @@ def test_a_detached_driver_in_namespaced_hosts_goes_on_when_it_is_killed(hosts: 
     assert (code, "0 run now; 4 of 4 trials done: ok 4" in printed) == (0, True), printed
 
 
+OUTSIDE = """\
+name: outside
+question: Does it run from outside?
+grid: {workers: [1, 2]}
+model: "faulty_models:fine"
+fixed: {depth: null, activations: stored, batch_size: 4, warmup_steps: 0, measured_steps: 1, audit_batch_size: 0}
+"""
+
+
+def test_a_sweep_of_namespaced_hosts_from_outside_through_the_ray_client(hosts: Hosts, tmp_path: Path) -> None:
+    (tmp_path / "outside.yaml").write_text(OUTSIDE)
+    command = [sys.executable, "-m", "harness.cli", "run", "outside.yaml", "--address", hosts.client_address, "--out"]
+
+    def revnet_run(out: str, **environment: str) -> tuple[int, str]:
+        process = hosts["w1"].run(
+            [*command, out], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        printed, _ = process.communicate(timeout=STEP_S)
+        return process.returncode, printed
+
+    code, printed = revnet_run("run", RAY_AUTH_TOKEN="another")
+    assert (code, "this Ray cluster wants its token" in printed) == (2, True), printed
+    # Each host has a folder of its own there.
+    code, printed = revnet_run("/tmp/ray/run")
+    assert (code, "head: another place there than here; w2: another" in printed) == (2, True), printed
+    assert "w1: another" not in printed
+    code, printed = revnet_run("run")
+    assert (code, "2 run now; 2 of 2 trials done: ok 2" in printed) == (0, True), printed
+    assert "report: run/report.html" in printed
+    records = RunStore(tmp_path / "run").read_records()
+    assert sorted(len(record.attempts[-1].node.split(", ")) for record in records) == [1, 2]
+    assert not list((tmp_path / "run").glob("revnet-check-*"))
+
+
 def test_namespaced_hosts_drivers_and_processes_are_lost_and_no_trial_is(hosts: Hosts, tmp_path: Path) -> None:
     (tmp_path / "faults.yaml").write_text(study())
     store = RunStore(tmp_path / "run")
