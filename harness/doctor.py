@@ -1,11 +1,13 @@
 """What `revnet doctor` looks at: versions, devices, browser, and one tiny trial; or each node of a cluster."""
 
+import contextlib
 import importlib.metadata
 import shutil
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from harness.storage_check import REMEDY, marked
 from harness.supervise import supervise
 from harness.trials import TrialSpec
 from harness.versions import installed
@@ -46,14 +48,14 @@ def examine_cluster(address: str, storage: str | None) -> Iterator[Finding]:
     from harness.schedule import ray_session
     from harness.schedule.checkup import over_two_nodes, seen_from_each
 
-    with ray_session(address):
-        nodes = list(seen_from_each(storage))
-        found = [finding for node in nodes for finding in _of_node(node, versions(), storage)]
+    with ray_session(address), marked(storage) if storage else contextlib.nullcontext(("", None)) as (token, error):
+        found = [Finding("FAIL", f"here: {storage}: {error}. {REMEDY}")] if error else []
+        nodes = list(seen_from_each(None if error else storage, token))
+        found += [finding for node in nodes for finding in _of_node(node, versions(), None if error else storage)]
         if storage is None:
             found.append(Finding("note", "storage was not looked at; give --storage with where runs are to be kept"))
-        elif apart := [node.name for node in nodes if not node.sees_others]:
-            text = f"{', '.join(apart)}: {storage} is another place there than on the nodes before."
-            found.append(Finding("FAIL", text))
+        elif apart := [node.name for node in nodes if not node.sees_first]:
+            found.append(Finding("FAIL", f"{', '.join(apart)}: {storage} is another place there than here. {REMEDY}"))
         yield from found
         if len(nodes) < 2:
             yield Finding("note", "one node, so that no trial can be spread over two")
@@ -84,8 +86,7 @@ def _of_node(node: "Node", here: dict[str, str], storage: str | None) -> Iterato
     if storage is not None and node.storage_error is None:
         yield Finding("ok", f"{node.name}: {storage} can be written and read")
     elif storage is not None:
-        remedy = "Give a path or URI that all nodes reach, with the credentials for it on each."
-        yield Finding("FAIL", f"{node.name}: {storage}: {node.storage_error}. {remedy}")
+        yield Finding("FAIL", f"{node.name}: {storage}: {node.storage_error}. {REMEDY}")
 
 
 def versions() -> dict[str, str]:

@@ -20,6 +20,7 @@ from ray.exceptions import AuthenticationError, RpcError
 
 from harness.errors import ResourceError
 from harness.schedule.client import CLIENT, join_as_client, token_wanted
+from harness.schedule.token import own_token
 
 QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 
@@ -40,7 +41,7 @@ def ray_session(address: str | None, cpus: int | None = None) -> Iterator[None]:
         finally:
             ray.shutdown()
         return
-    with _loopback_only(), _own_temp_dir() as temp_dir:
+    with _loopback_only(), _own_folder() as folder, own_token(folder):
         try:
             ray.init(
                 address="local",
@@ -48,7 +49,8 @@ def ray_session(address: str | None, cpus: int | None = None) -> Iterator[None]:
                 include_dashboard=False,
                 object_store_memory=100 * 2**20,
                 _node_ip_address="127.0.0.1",
-                _temp_dir=temp_dir,
+                # Ray lets everybody into its folder.
+                _temp_dir=os.path.join(folder, "ray"),
                 **QUIET,
             )
             with _ended_by_sigterm():
@@ -100,13 +102,13 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_temp_dir() -> Iterator[str]:
-    # Of our own, since /tmp/ray belongs to whoever came first on a shared node; short, since sockets lie in it.
-    temp_dir = tempfile.mkdtemp(prefix="revnet-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
+def _own_folder() -> Iterator[str]:
+    # Not /tmp/ray, which belongs to whoever came first on a shared node; short, since sockets lie in it.
+    folder = tempfile.mkdtemp(prefix="revnet-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
     try:
-        yield temp_dir
+        yield folder
     finally:
-        shutil.rmtree(temp_dir, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -18,9 +18,12 @@ import pytest
 from harness.record import Record
 from harness.store import RunStore
 from tests.harness.hosts import Process, needs_hosts
-from tests.harness.ray_hosts import Hosts, ray_hosts
+from tests.harness.ray_hosts import Hosts, RayHost, ray_hosts
 
 pytestmark = [needs_hosts, pytest.mark.timeout(1500)]
+WORKERS = ["w1", "w2", "w3"]
+# Those that tests have taken away for good.
+GONE: list[str] = []
 TRIALS = int(os.environ.get("REVNET_SWEEP_TRIALS", "18"))
 STEP_S = 600.0
 STUDY = """\
@@ -106,7 +109,7 @@ def test_the_doctor_looks_at_each_namespaced_host(hosts: Hosts, tmp_path: Path) 
     # Each host has a folder of its own there.
     code, printed = ask("/tmp/ray/runs")
     assert code == 1
-    assert "/tmp/ray/runs is another place there than on the nodes before" in printed
+    assert "w1, w2, w3: /tmp/ray/runs is another place there than here" in printed
 
 
 DETACHED = """\
@@ -200,22 +203,32 @@ def test_namespaced_hosts_drivers_and_processes_are_lost_and_no_trial_is(hosts: 
         enough = len(store.finished_ids()) + max(1, TRIALS // 10)
         return lambda: len(store.finished_ids()) >= enough
 
+    def take_away_one_at_work() -> RayHost:
+        """Whichever has a trial of one rank; while the rank hangs, its trial has two of them."""
+        at_work: list[str] = []
+
+        def find() -> list[str]:
+            at_work[:] = [name for name in WORKERS if name not in GONE and single_workers_on(hosts, name)]
+            return at_work
+
+        await_that(find, driver)
+        GONE.append(at_work[0])
+        return hosts[at_work[0]]
+
     driver = drive()
     await_that(some_more(), driver)
     # One trial's process is killed, by nobody knows whom.
-    await_that(lambda: single_workers_on(hosts, "head", "w3"), driver)
-    single_workers_on(hosts, "head", "w3")[0].send_signal(signal.SIGKILL)
+    await_that(lambda: single_workers_on(hosts, *hosts.names), driver)
+    single_workers_on(hosts, *hosts.names)[0].send_signal(signal.SIGKILL)
     # A host is cut off in the middle of a trial.
-    await_that(lambda: single_workers_on(hosts, "w1"), driver)
-    hosts["w1"].cut()
+    take_away_one_at_work().cut()
     await_that(some_more(), driver)
     driver.kill()
     driver.wait()
     driver = drive()
     await_that(some_more(), driver)
     # A raylet dies, and the trial that it has with it.
-    await_that(lambda: single_workers_on(hosts, "w2"), driver)
-    hosts["w2"].kill_raylet()
+    take_away_one_at_work().kill_raylet()
     await_that(some_more(), driver)
     driver.kill()
     driver.wait()
@@ -264,20 +277,20 @@ fixed: {depth: null, workers: 2, activations: stored, batch_size: 4, measured_st
 
 def test_ranks_that_fit_no_namespaced_hosts_any_more_wait_until_one_comes_back(hosts: Hosts, tmp_path: Path) -> None:
     """The last of this file, which takes all hosts away but two; the trial takes both."""
-    for name in ("w1", "w2"):
-        with contextlib.suppress(ValueError, psutil.Error):  # lost before
-            hosts[name].kill_raylet()
+    *others, last = [name for name in WORKERS if name not in GONE]
+    for name in others:
+        hosts[name].kill_raylet()
     (tmp_path / "spread.yaml").write_text(SPREAD)
     log = tmp_path / "driver.log"
     command = [sys.executable, "-m", "harness.cli", "run", "spread.yaml", "--out", "run", "--address", hosts.address]
-    hosts.await_alive(["head", "w3"], STEP_S)
+    hosts.await_alive(["head", last], STEP_S)
     with log.open("w") as file:
         driver = hosts["head"].run(command, cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT)
-    await_that(lambda: workers_on(hosts, "w3"), driver)
-    hosts["w3"].kill_raylet()
+    await_that(lambda: workers_on(hosts, last), driver)
+    hosts[last].kill_raylet()
     await_that(lambda: "waiting for nodes: trial " in log.read_text(), driver)
     assert "each of its 2 ranks; the nodes have: 1 CPU, 0 GPU" in log.read_text()
-    hosts.start("w3")
+    hosts.start(last)
     assert driver.wait(STEP_S) == 0, log.read_text()
     assert "there are nodes for all trials again" in log.read_text()
     [record] = RunStore(tmp_path / "run").read_records()
