@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from reports.figures import dressed, strategy_styles
+from reports.dress import dressed, strategy_styles
 
 TABLE = "amplification"
 COLUMNS = 3
@@ -26,8 +26,10 @@ ADVICE = (
 
 
 class Chains(NamedTuple):
-    """One network's blocks. `blocks`: by block, the columns of TABLE and `rel`, the measured error."""
+    """One network's blocks. `row`: of the frame, whose they are; `blocks`: by block, the columns of TABLE and `rel`,
+    the measured error."""
 
+    row: int
     name: str
     strategy: str
     coarse: bool
@@ -83,6 +85,7 @@ def amplification_by_block(frame: pd.DataFrame, causes: pd.DataFrame, drift: pd.
                 legendgroup=label,
                 showlegend=False,
                 marker={"color": color, "symbol": marker, "size": 7, "line": {"width": 1, "color": "#333"}},
+                meta={"all": [network.row]},
                 hovertemplate=f"block %{{x}}: %{{customdata:.2e}} {label}<extra>{network.name}</extra>",
                 **look,
                 **where,
@@ -165,8 +168,8 @@ def _networks(frame: pd.DataFrame, causes: pd.DataFrame, drift: pd.DataFrame) ->
     if causes.empty:
         return
     trials = frame[frame["id"].isin(set(causes["id"]))]
-    keys = [key for key in ("strategy", "depth") if key in trials]
-    for _, trial in trials.drop_duplicates(keys).iterrows():
+    first = trials.drop_duplicates([key for key in ("strategy", "depth") if key in trials])
+    for row, (_, trial) in zip(first.index.tolist(), first.iterrows(), strict=True):
         own = causes[causes["id"] == trial["id"]]
         rel = drift[(drift["id"] == trial["id"]) & (drift["name"] == "rel")].set_index("index")["value"]
         blocks = own.pivot_table(index="index", columns="name", values="value", dropna=False)
@@ -175,7 +178,7 @@ def _networks(frame: pd.DataFrame, causes: pd.DataFrame, drift: pd.DataFrame) ->
         model, _, rest = trial["strategy"].partition(" · ")
         name = f"{model} {depth}".strip() + (f" · {rest}" if rest else "")
         coarse = _DIGITS.get(trial["compute"], 0) < _DIGITS.get(trial["reconstruction"], 0)
-        yield Chains(name, trial["strategy"], coarse, blocks)
+        yield Chains(row, name, trial["strategy"], coarse, blocks)
 
 
 def _with_gaps(blocks: pd.DataFrame, column: str) -> tuple[list[float | None], list[float | None]]:

@@ -1,86 +1,70 @@
 """Frames to Plotly figures, one function a figure. Units on every axis; 1 MiB = 2**20 bytes."""
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.colors import qualitative
 from plotly.subplots import make_subplots
 
-from reports.frames import CELL, depth_law, step_bars
+from reports.dress import MIB, dressed, each, marked, points, strategy_styles
+from reports.frames import CELL, step_bars
 from reports.predictions import COMPARED, compared, prediction_name
 
-MIB = 2**20
-# Told apart without colour too: by marker and dash.
-_MARKERS = ("circle", "square", "diamond", "triangle-up", "pentagon", "star", "hexagon", "triangle-down", "bowtie")
-_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-# Where a drift of exactly 0 is drawn on a logarithmic colour scale, and what it is called there.
-ZERO_LOG10 = -20.0
-
-
-def memory_against_depth(frame: pd.DataFrame, metric: str, label: str) -> go.Figure | None:
-    """`metric` (bytes) in MiB against depth, one panel a batch size: points, fitted lines, spread of repeats.
-
-    A trial that ran out of memory is an open cross at its limit, or at the top where none is known. None when no
-    trial has the metric and a depth.
-    """
-    if metric not in frame:
-        return None
-    frame = frame.dropna(subset=["depth"])
-    if frame[metric].isna().all():
-        return None
-    batches = sorted(frame["batch_size"].unique())
-    figure = make_subplots(
-        cols=len(batches),
-        shared_yaxes=True,
-        horizontal_spacing=0.03,
-        subplot_titles=[f"batch {batch}" for batch in batches],
-    )
-    styles = strategy_styles(frame)
-    law = depth_law(frame, metric)
-    top_mib = frame[metric].max() / MIB
-    for column, batch in enumerate(batches, start=1):
-        for strategy, style in styles.items():
-            cell = frame[(frame["strategy"] == strategy) & (frame["batch_size"] == batch)]
-            measured = cell[cell["status"] == "ok"].dropna(subset=[metric])
-            first = column == 1
-            if len(measured):
-                _add_points(figure, measured, metric, label, strategy, style, column, legend=first)
-            line = law[(law["strategy"] == strategy) & (law["batch_size"] == batch)]
-            if len(line):
-                _add_line(figure, measured, line.iloc[0], style, column)
-            _add_out_of_memory(figure, cell[cell["status"] == "oom"], top_mib, strategy, style, column)
-        figure.update_xaxes(title_text="depth (layers)", row=1, col=column)
-    figure.update_yaxes(title_text=f"{label} (MiB)", rangemode="tozero", row=1, col=1)
-    return dressed(figure, f"{label} in MiB against depth in layers, by strategy")
+# What two trials have in common of which one may be better; networks and precisions are what is chosen between.
+_CHOICE = ("depth", "data.name", "data.image_size", "batch_size", "zero_stage", "workers")
+# Of more trials than these, bars and arrows would cover the points.
+BARS, ARROWS = 500, 200
 
 
 def time_against_memory(frame: pd.DataFrame) -> go.Figure | None:
-    """Median step time in ms against activation peak in MiB; a thin line joins stored to the others of one cell."""
+    """Median step time in ms against activation peak in MiB; an arrow leads from stored to the others of one cell, and
+    a ring marks what no other trial of the same depth and batch beats in both."""
     needed = ["step_median_s", "activation_peak_bytes"]
     if any(name not in frame for name in needed):
         return None
     usable = frame[frame["status"] == "ok"].dropna(subset=needed)
     if usable.empty:
         return None
+    x, y = usable["activation_peak_bytes"] / MIB, usable["step_median_s"] * 1e3
     figure = go.Figure()
-    cell_fields = [field for field in CELL if field in usable]
-    xs: list[float | None] = []
-    ys: list[float | None] = []
-    for _, cell in usable.groupby(cell_fields, sort=False, dropna=False):
-        start = cell[cell["activations"] == "stored"]
-        for _, end in cell[cell["activations"] != "stored"].iterrows() if len(start) else ():
-            xs += [start.iloc[0]["activation_peak_bytes"] / MIB, end["activation_peak_bytes"] / MIB, None]
-            ys += [start.iloc[0]["step_median_s"] * 1e3, end["step_median_s"] * 1e3, None]
-    figure.add_scatter(x=xs, y=ys, mode="lines", line={"color": "#bbb", "width": 1}, hoverinfo="skip", showlegend=False)
+    pairs = _from_stored(usable)
+    figure.add_scatter(
+        x=[value for start, end in pairs for value in (x[start], x[end], None)],
+        y=[value for start, end in pairs for value in (y[start], y[end], None)],
+        mode="lines+markers",
+        marker={
+            "symbol": "arrow",
+            "angleref": "previous",
+            "size": [0, 9, 0] * len(pairs),
+            "standoff": 6,
+            "color": "#999",
+        }
+        if len(pairs) <= ARROWS
+        else {"size": 0.1},
+        line={"color": "#bbb", "width": 1},
+        hoverinfo="skip",
+        showlegend=False,
+        meta={"segments": [list(pair) for pair in pairs]},
+    )
+    front = pareto_front(usable)
+    figure.add_scatter(
+        x=x[front],
+        y=y[front],
+        mode="markers",
+        name="Pareto front of its depth and batch",
+        marker={"symbol": "circle-open", "size": 15, "color": "#222", "line": {"width": 1}},
+        hoverinfo="skip",
+        meta=points([row] for row in front),
+    )
     for strategy, (color, marker, _) in strategy_styles(frame).items():
         rows = usable[usable["strategy"] == strategy]
         bars, middle = step_bars(rows), rows["step_median_s"]
         figure.add_scatter(
-            x=rows["activation_peak_bytes"] / MIB,
-            y=rows["step_median_s"] * 1e3,
+            x=x[rows.index],
+            y=y[rows.index],
             error_y={
                 "type": "data",
                 "symmetric": False,
@@ -88,16 +72,87 @@ def time_against_memory(frame: pd.DataFrame) -> go.Figure | None:
                 "arrayminus": (middle - bars["low_s"]) * 1e3,
                 "thickness": 1,
                 "width": 2,
-            },
+            }
+            if len(usable) <= BARS
+            else None,
             mode="markers",
             name=strategy,
-            marker={"color": color, "symbol": marker, "size": 9, "line": {"width": 1, "color": "#333"}},
+            marker=marked(color, marker),
             text=[f"depth {row.depth}, batch {row.batch_size}" for row in rows.itertuples()],
             hovertemplate="%{text}<br>%{x:.1f} MiB, %{y:.0f} ms<extra>%{fullData.name}</extra>",
+            meta=each(rows),
         )
     figure.update_xaxes(title_text="activation peak (MiB)", rangemode="tozero")
     figure.update_yaxes(title_text="step time, median (ms)", rangemode="tozero")
     return dressed(figure, "Median step time in ms against activation peak in MiB, by strategy")
+
+
+def pareto_front(rows: pd.DataFrame) -> list[int]:
+    """The rows that no other of the same depth, data, batch and ranks beats in both: activation peak and step time."""
+    front: list[int] = []
+    for _, group in rows.groupby([field for field in _CHOICE if field in rows], sort=False, dropna=False):
+        best = math.inf
+        ordered = group.sort_values(["activation_peak_bytes", "step_median_s"])
+        for row, step_s in zip(ordered.index.tolist(), ordered["step_median_s"].tolist(), strict=True):
+            if step_s < best:
+                best = step_s
+                front.append(row)
+    return front
+
+
+def _from_stored(rows: pd.DataFrame) -> list[tuple[int, int]]:
+    """The first stored row of each cell, with each of the cell's others."""
+    pairs: list[tuple[int, int]] = []
+    for _, cell in rows.groupby([field for field in CELL if field in rows], sort=False, dropna=False):
+        stored = cell.index[cell["activations"] == "stored"].tolist()
+        others = cell.index[cell["activations"] != "stored"].tolist()
+        pairs += [(stored[0], other) for other in others if stored]
+    return pairs
+
+
+def angle_against_depth(frame: pd.DataFrame) -> go.Figure | None:
+    """Gradient angle in degrees against depth, by strategy; dotted, how far the stored gradient is from float64.
+
+    An angle of 0, which a logarithmic axis has no place for, stands on a line of its own at the bottom. None when no
+    trial that rebuilds its activations has an angle and a depth.
+    """
+    angle, floor = "gradient_angle_deg", "stored_reference_angle_deg"
+    if angle not in frame:
+        return None
+    rows = frame[(frame["status"] == "ok") & (frame["activations"] != "stored")].dropna(subset=["depth", angle])
+    if rows.empty:
+        return None
+    values = pd.concat([rows[name] for name in (angle, floor) if name in rows])
+    positive = values[values > 0]
+    zero = 10.0 ** (math.floor(math.log10(positive.min())) - 1) if len(positive) else 1e-16
+    figure = go.Figure()
+    for strategy, (color, marker, dash) in strategy_styles(frame).items():
+        own = rows[rows["strategy"] == strategy]
+        for name, look in (
+            (angle, {"mode": "lines+markers", "line": {"color": color, "dash": dash, "width": 1.5}}),
+            (floor, {"mode": "lines", "line": {"color": color, "dash": "dot", "width": 1}}),
+        ):
+            if name not in own or own[name].isna().all():
+                continue
+            groups = own.dropna(subset=[name]).groupby("depth")
+            middle = groups[name].median()
+            figure.add_scatter(
+                x=middle.index,
+                y=middle.where(middle > 0, zero),
+                customdata=middle,
+                name=strategy if name == angle else f"{strategy}: stored against float64",
+                marker=marked(color, marker),
+                hovertemplate="%{customdata:.3g} degrees at depth %{x}<extra>%{fullData.name}</extra>",
+                meta=points(groups.groups.values()),
+                **look,
+            )
+    powers = range(round(math.log10(zero)) + 1, 3)
+    step = max(1, len(powers) // 8)
+    ticks = {zero: "0"} | {10.0**power: f"1e{power}" if power else "1" for power in powers if power % step == 0}
+    figure.update_yaxes(type="log", tickvals=list(ticks), ticktext=list(ticks.values()))
+    figure.update_yaxes(title_text="gradient angle (degrees)")
+    figure.update_xaxes(title_text="depth (layers)")
+    return dressed(figure, "Gradient angle in degrees against depth, by strategy").update_layout(height=400)
 
 
 def predicted_against_measured(frame: pd.DataFrame) -> go.Figure | None:
@@ -126,7 +181,8 @@ def predicted_against_measured(frame: pd.DataFrame) -> go.Figure | None:
                 name=strategy,
                 legendgroup=strategy,
                 showlegend=column == 1,
-                marker={"color": color, "symbol": marker, "size": 9, "line": {"width": 1, "color": "#333"}},
+                marker=marked(color, marker),
+                meta=each(rows[own]),
                 text=[
                     f"depth {row.depth}, batch {row.batch_size}: predicted / measured = {row.ratio:.4f}"
                     for row in rows[own].itertuples()
@@ -155,7 +211,10 @@ def drift_by_block(frame: pd.DataFrame, traces: pd.DataFrame) -> go.Figure | Non
     for field in ("channels", "log_scale_gain", "data.name", "data.image_size"):
         if field in shown and shown[field].nunique(dropna=False) > 1:
             keys.append(field)
+    same = shown.groupby(keys, dropna=False).groups.values()
+    lines = {row: group.tolist() for group in same for row in group}
     shown = shown.sort_values([*keys, "batch_size"]).drop_duplicates(keys)
+    meta = {"lines": [lines[row] for row in shown.index]}
     labels = [_network_name(row) for row in shown[keys].to_dict("records")]
     blocks = range(int(rel[rel["id"].isin(set(shown["id"]))]["index"].max()) + 1)
     table = rel.pivot_table(index="id", columns="index", values="value", dropna=False)
@@ -177,91 +236,30 @@ def drift_by_block(frame: pd.DataFrame, traces: pd.DataFrame) -> go.Figure | Non
             colorbar={"title": {"text": "log10 of the<br>relative error"}, "thickness": 14},
             text=text,
             hovertemplate="%{y}, block %{x}: %{text}<extra></extra>",
+            meta=meta,
         )
-    _add_flat(figure, np.where(grid == 0, 1.0, np.nan), x, labels, "#44aa99", "0, bit for bit")
-    _add_flat(figure, np.where(there & ~np.isfinite(grid), 1.0, np.nan), x, labels, "#cc3311", "NaN or infinite")
+    _add_flat(figure, np.where(grid == 0, 1.0, np.nan), x, labels, "#44aa99", "0, bit for bit", meta)
+    _add_flat(figure, np.where(there & ~np.isfinite(grid), 1.0, np.nan), x, labels, "#cc3311", "NaN or infinite", meta)
     figure.update_xaxes(title_text="reversible block, from the input", type="category")
     figure.update_yaxes(title_text="network, precision", type="category", autorange="reversed")
     figure = dressed(figure, "Relative error of the rebuilt input of each block, log10, by network and precision")
     return figure.update_layout(height=190 + 34 * len(labels), margin={"l": 10, "r": 10, "t": 40, "b": 10})
 
 
-def _add_points(
+def _add_flat(
     figure: go.Figure,
-    rows: pd.DataFrame,
-    metric: str,
-    label: str,
-    strategy: str,
-    style: tuple[str, str, str],
-    column: int,
-    *,
-    legend: bool,
+    z: np.ndarray,
+    x: Sequence[str],
+    y: Sequence[str],
+    color: str,
+    name: str,
+    meta: dict[str, list[list[int]]],
 ) -> None:
-    color, marker, _ = style
-    by_depth = rows.groupby("depth")[metric]
-    middle, low, high = by_depth.median() / MIB, by_depth.min() / MIB, by_depth.max() / MIB
-    figure.add_scatter(
-        x=middle.index,
-        y=middle,
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": high - middle,
-            "arrayminus": middle - low,
-            "visible": bool((high > low).any()),
-        },
-        mode="markers",
-        name=strategy,
-        legendgroup=strategy,
-        showlegend=legend,
-        marker={"color": color, "symbol": marker, "size": 9, "line": {"width": 1, "color": "#333"}},
-        hovertemplate=f"depth %{{x}}: %{{y:.2f}} MiB {label}<extra>{strategy}</extra>",
-        row=1,
-        col=column,
-    )
-
-
-def _add_line(figure: go.Figure, rows: pd.DataFrame, line: pd.Series, style: tuple[str, str, str], column: int) -> None:
-    color, _, dash = style
-    ends = rows.sort_values("blocks").iloc[[0, -1]]
-    figure.add_scatter(
-        x=ends["depth"],
-        y=(line["intercept_bytes"] + line["slope_bytes"] * ends["blocks"]) / MIB,
-        mode="lines",
-        line={"color": color, "dash": dash, "width": 1.5},
-        legendgroup=line["strategy"],
-        showlegend=False,
-        hovertemplate=f"{line['slope_bytes'] / MIB:.3f} MiB per block<extra>{line['strategy']}</extra>",
-        row=1,
-        col=column,
-    )
-
-
-def _add_out_of_memory(
-    figure: go.Figure, rows: pd.DataFrame, top_mib: float, strategy: str, style: tuple[str, str, str], column: int
-) -> None:
-    if rows.empty:
-        return
-    limits = rows.get("resources.memory_bytes", pd.Series(np.nan, index=rows.index)).astype(float) / MIB
-    figure.add_scatter(
-        x=rows["depth"],
-        y=limits.fillna(top_mib),
-        mode="markers",
-        name=f"{strategy}: out of memory",
-        legendgroup=strategy,
-        marker={"color": style[0], "symbol": "x-open", "size": 12, "line": {"width": 2}},
-        hovertemplate="depth %{x}: out of memory<extra>%{fullData.name}</extra>",
-        row=1,
-        col=column,
-    )
-
-
-def _add_flat(figure: go.Figure, z: np.ndarray, x: Sequence[str], y: Sequence[str], color: str, name: str) -> None:
     """Cells of one colour that stand apart from the scale, with an entry in the legend."""
     if np.isnan(z).all():
         return
     figure.add_heatmap(
-        z=z, x=x, y=y, colorscale=[[0, color], [1, color]], showscale=False,
+        z=z, x=x, y=y, colorscale=[[0, color], [1, color]], showscale=False, meta=meta,
         hovertemplate=f"%{{y}}, block %{{x}}: {name}<extra></extra>",
     )  # fmt: skip
     figure.add_scatter(
@@ -276,28 +274,3 @@ def _network_name(fields: dict[Hashable, Any]) -> str:
 
 def _drift_text(value: float, there: bool) -> str:
     return f"{value:.2e}" if there else ""
-
-
-def strategy_styles(frame: pd.DataFrame) -> dict[str, tuple[str, str, str]]:
-    """Colour, marker and dash of each strategy, the same in every figure of a page."""
-    names = sorted(frame["strategy"].unique())
-    colors = [color for color in qualitative.Safe if color != "rgb(136, 136, 136)"]
-    return {
-        name: (colors[i % len(colors)], _MARKERS[i % len(_MARKERS)], _DASHES[i % len(_DASHES)])
-        for i, name in enumerate(names)
-    }
-
-
-def dressed(figure: go.Figure, description: str) -> go.Figure:
-    """Room for the legend below the axes, so that many strategies cover nothing; `description` is read aloud."""
-    return figure.update_layout(
-        template="plotly_white",
-        height=470,
-        # Above the panels' titles there is room for the tool bar.
-        margin={"l": 10, "r": 10, "t": 70, "b": 10},
-        legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
-        showlegend=True,
-        font={"size": 13},
-        meta={"description": description},
-        hoverlabel={"namelength": -1},
-    )

@@ -5,8 +5,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
+import pyarrow as pa
+from pyarrow import compute
 from scipy.stats import linregress, t
 
+from harness.record import Record
 from harness.store import RunStore
 
 # What makes two trials the same but for what becomes of the activations.
@@ -46,19 +49,24 @@ LAW_METRICS = (
     *("activation_saved_bytes", "predicted_activation_saved_bytes"),
 )
 CONFIDENCE = 0.95
+_TRACE = pa.schema([("table", pa.string()), ("index", pa.int64()), ("name", pa.string()), ("value", pa.float64())])
 # Of fewer depths all points are on the line, whatever memory does between them.
 INTERVAL_DEPTHS = 3
 
 
 def trials_frame(store: RunStore) -> pd.DataFrame:
+    """The frame of a run's records. Raises RecordError for a record of an unknown schema version."""
+    return frame_of(store.read_records())
+
+
+def frame_of(records: Iterable[Record]) -> pd.DataFrame:
     """One row per finished trial: id, status, reason, the spec's fields, the metrics, and `strategy`.
 
     Nested fields have dotted names (`data.name`). What was not measured is NaN, never 0. `spec`, `metrics`,
-    `unmeasured`, `machine`, `versions` and `git` are the record's own. Raises RecordError for a record of an unknown
-    schema version.
+    `unmeasured`, `machine`, `versions` and `git` are the record's own.
     """
     rows = []
-    for record in store.read_records():
+    for record in records:
         spec = _flat(record.spec)
         rows.append(
             {"id": record.id, "status": record.status, "reason": record.reason, "attempts": len(record.attempts)}
@@ -84,13 +92,24 @@ def has_guard(frame: pd.DataFrame) -> bool:
 
 def trace_frame(store: RunStore, trial_ids: Iterable[str], table: str) -> pd.DataFrame:
     """The rows of one trace table of several trials: columns id, index, name, value."""
+    return trace_frames(store, trial_ids, [table])[table]
+
+
+def trace_frames(store: RunStore, trial_ids: Iterable[str], tables: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """The same of several tables, for which each trial's trace is read once."""
     parts = []
     for trial_id in trial_ids:
         trace = store.read_trace(trial_id)
         if trace is not None:
-            part = trace.to_pandas()
-            parts.append(part[part["table"] == table].drop(columns="table").assign(id=trial_id))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["index", "name", "value", "id"])
+            wanted: Any = compute.is_in(trace["table"].cast(pa.string()), pa.array(tables, pa.string()))  # pyright: ignore
+            own = trace.filter(wanted)
+            part = own.select(["table", "index", "name", "value"]).cast(_TRACE)
+            parts.append(part.append_column("id", pa.array([trial_id] * len(part), pa.string())))
+    if not parts:
+        empty = pd.DataFrame(columns=["index", "name", "value", "id"])
+        return dict.fromkeys(tables, empty)
+    rows = pa.concat_tables(parts).to_pandas()
+    return {table: rows[rows["table"] == table].drop(columns="table").reset_index(drop=True) for table in tables}
 
 
 def missing_ids(store: RunStore) -> list[str]:

@@ -1,6 +1,5 @@
 """The table of all trials. A column that says the same of all of them is left out and said once."""
 
-import json
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -27,10 +26,10 @@ class Column(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """`why` is the reason of what was not measured; `sort` orders a column, "" below all others."""
+    """`value` is as in the record; `why` is the reason of what was not measured."""
 
     text: str
-    sort: str
+    value: float | None
     why: str
 
 
@@ -157,8 +156,8 @@ def _column(name: str) -> Column:
 def _cell(column: Column, record: Record, step_bracket: str) -> Cell:
     value = record.metrics.get(column.name)
     if value is None:
-        return Cell("n/a", "", record.unmeasured.get(column.name) or record.reason or "not recorded")
-    return Cell(column.show(value) + step_bracket * (column.name == "step_median_s"), json.dumps(value), "")
+        return Cell("n/a", None, record.unmeasured.get(column.name) or record.reason or "not recorded")
+    return Cell(column.show(value) + step_bracket * (column.name == "step_median_s"), value, "")
 
 
 def _step_brackets(frame: pd.DataFrame) -> dict[str, str]:

@@ -6,7 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from reports.figures import dressed, strategy_styles
+from reports.dress import dressed, strategy_styles
 
 TABLE = "followed"
 KINDS = {"train": "training images", "held_out": "held-out images", "random": "noise"}
@@ -26,6 +26,7 @@ def angle_over_training(frame: pd.DataFrame, followed: pd.DataFrame) -> go.Figur
     zero = 10.0 ** (math.floor(math.log10(positive.min())) - 1) if len(positive) else 1e-16
     kinds = [kind for kind in KINDS if kind in set(rows["kind"])]
     titles = [KINDS[kind] for kind in kinds]
+    places = dict(zip(frame["id"], frame.index, strict=True))
     figure = make_subplots(cols=len(kinds), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=titles)
     for column, kind in enumerate(kinds, start=1):
         for strategy, (color, marker, dash) in strategy_styles(frame).items():
@@ -45,6 +46,7 @@ def angle_over_training(frame: pd.DataFrame, followed: pd.DataFrame) -> go.Figur
                     showlegend=column == 1,
                     marker={"color": color, "symbol": marker, "size": 8, "line": {"width": 1, "color": "#333"}},
                     line={"color": color, "dash": line, "width": 2 if name == ANGLE else 1},
+                    meta={"all": sorted({places[trial_id] for trial_id in own["id"]})},
                     hovertemplate="%{customdata:.3g} degrees after %{x} steps<extra>%{fullData.name}</extra>",
                     row=1,
                     col=column,

@@ -5,7 +5,7 @@ import math
 import pandas as pd
 
 from harness.record import RESULT_STATUSES, STATUSES
-from reports.frames import INTERVAL_DEPTHS, depth_law, step_bars
+from reports.frames import INTERVAL_DEPTHS, depth_law, fit_line, step_bars
 from reports.pairs import pairs, without_model
 from reports.summary import at_depth, slope_text
 
@@ -36,6 +36,24 @@ def growth_sentences(frame: pd.DataFrame, metric: str, label: str) -> list[str]:
             percent = 100 * last["slope_bytes"] / first["slope_bytes"]
             sentence += f" The last is {f'{percent:.2g}' if percent >= 0.1 else 'less than 0.1'} % of the first."
         sentences.append(sentence)
+    return sentences
+
+
+def batch_sentences(frame: pd.DataFrame, metric: str, label: str) -> list[str]:
+    """How much more `metric` each sample costs at the largest depth: one sentence a model."""
+    usable = frame[frame["status"] == "ok"].dropna(subset=[metric, "depth"])
+    sentences = []
+    for model, rows in usable.groupby("model", sort=False):
+        deepest = rows[rows["depth"] == rows["depth"].max()]
+        slopes = []
+        for strategy, own in deepest.groupby("strategy", sort=False):
+            middle = own.groupby("batch_size")[metric].median()
+            if len(middle) > 1:
+                slope = fit_line(middle.index.to_list(), middle.to_list()).slope_bytes
+                slopes.append((slope, f"{slope / MIB:.3g} MiB with {without_model(str(strategy))}"))
+        if slopes:
+            parts = ", ".join(text for _, text in sorted(slopes, reverse=True))
+            sentences.append(f"{model}, depth {rows['depth'].max():.0f}: the {label} per sample: {parts}.")
     return sentences
 
 

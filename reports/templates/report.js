@@ -1,52 +1,35 @@
 "use strict";
-(() => {
-  const table = document.getElementById("table");
-  const body = table.tBodies[0];
-  const rows = [...body.rows];
-  const headings = [...table.tHead.rows[0].cells];
 
-  const key = (row, column) => {
-    const cell = row.cells[column];
-    const text = cell.dataset.sort ?? cell.textContent.trim();
-    const number = Number(text);
-    return text === "" ? null : Number.isNaN(number) ? text : number;
-  };
-  const compare = (a, b) => {
-    // What was not measured stays below, whichever way the column is sorted.
-    if (a === null || b === null) return (a === null) - (b === null) || 0;
-    return typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b));
-  };
-  headings.forEach((heading, column) => {
-    heading.querySelector("button").addEventListener("click", () => {
-      const ascending = heading.getAttribute("aria-sort") !== "ascending";
-      headings.forEach((other) => other.setAttribute("aria-sort", "none"));
-      heading.setAttribute("aria-sort", ascending ? "ascending" : "descending");
-      rows.sort((a, b) => {
-        const left = key(a, column), right = key(b, column);
-        const order = compare(left, right);
-        return left === null || right === null || ascending ? order : -order;
-      });
-      body.append(...rows);
+(async () => {
+  // DataTables' own style knows a class where ours asks the system.
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const dress = () => document.documentElement.classList.toggle("dark", dark.matches);
+  dark.addEventListener("change", dress);
+  dress();
+  const { columns, figures } = JSON.parse(await unpacked("data"));
+  let filter = { isShown: () => true };
+  let table = null;
+  const drawn = makeFigures(figures, () => filter);
+  if (columns !== null) {
+    filter = makeFilter(columns, document.getElementById("choose"), async () => {
+      table?.refresh();
+      await drawn.refresh();
+      document.documentElement.dataset.filtered = String(Number(document.documentElement.dataset.filtered ?? 0) + 1);
     });
-  });
-
-  const filter = document.getElementById("filter");
-  const shown = document.getElementById("shown");
-  const apply = () => {
-    const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
-    let count = 0;
-    for (const row of rows) {
-      const text = row.textContent.toLowerCase();
-      row.hidden = !words.every((word) => text.includes(word));
-      count += !row.hidden;
-    }
-    shown.textContent = `${count} of ${rows.length} trials`;
+  }
+  await drawn.refresh();
+  if (columns !== null) table = await makeTable(columns, () => filter);
+  const whole = async () => {
+    table?.showAll();
+    await drawn.drawAll();
+    document.documentElement.dataset.whole = "true";
   };
-  const more = document.getElementById("more");
-  const choose = () => table.classList.toggle("brief", !more.checked);
-  more.addEventListener("change", choose);
-  choose();
-
-  filter.addEventListener("input", apply);
-  apply();
+  window.addEventListener("beforeprint", whole);
+  window.addEventListener("afterprint", () => {
+    table?.putBack();
+    drawn.putBack();
+    delete document.documentElement.dataset.whole;
+  });
+  matchMedia("print").addEventListener("change", (event) => event.matches && whole());
+  document.documentElement.dataset.ready = "true";
 })();

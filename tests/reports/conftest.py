@@ -177,8 +177,7 @@ def compared(make_run: Make) -> Compare:
     return compare
 
 
-@pytest.fixture
-def sweep() -> list[Record]:
+def sweep_of_trials() -> list[Record]:
     """Three depths, two batch sizes, four strategies; all finished."""
     cells = [
         {"depth": depth, "batch_size": batch, "activations": activations, "reconstruction": reconstruction}
@@ -192,3 +191,8 @@ def sweep() -> list[Record]:
         )
     ]
     return [trial(number, **cell) for number, cell in enumerate(cells)]
+
+
+@pytest.fixture
+def sweep() -> list[Record]:
+    return sweep_of_trials()

@@ -1,6 +1,7 @@
 """The section on amplification: planted errors read back out of the figure and the sentences."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,7 @@ def test_each_error_is_in_the_figure_and_in_the_sentences(make_run: Make) -> Non
     frame = trials_frame(store)
     causes, drift = (trace_frame(store, list(frame["id"]), table) for table in (TABLE, "drift"))
 
-    figure = amplification_by_block(frame, causes, drift)
+    figure: Any = amplification_by_block(frame, causes, drift)
     assert figure is not None
     drawn = {(trace.xaxis, trace.name): trace for trace in figure.data if trace.x[0] is not None}
     assert len(drawn) == 6

@@ -9,6 +9,7 @@ import pytest
 from harness.record import Record, TraceRow
 from reports import figures
 from reports.frames import trace_frame, trials_frame
+from reports.memory_figures import memory_against
 from tests.reports.conftest import MIB, Make, predicted, trial, with_metrics
 
 
@@ -20,7 +21,7 @@ def traces(figure: go.Figure | None) -> list[Any]:
 def drawn(store: Any) -> dict[str, go.Figure | None]:
     frame = trials_frame(store)
     return {
-        "peak": figures.memory_against_depth(frame, "activation_peak_bytes", "activation peak"),
+        "peak": memory_against(frame, "activation_peak_bytes", "activation peak"),
         "time": figures.time_against_memory(frame),
         "drift": figures.drift_by_block(frame, trace_frame(store, frame["id"], "drift")),
     }
@@ -60,14 +61,14 @@ def test_out_of_memory_is_an_open_cross_at_the_limit(make_run: Make, limit_mib: 
 
 
 def test_each_line_runs_from_stored_to_another_of_its_cell(make_run: Make, sweep: list[Record]) -> None:
-    lines = next(t for t in traces(drawn(make_run(sweep))["time"]) if t.mode == "lines")
+    lines = next(t for t in traces(drawn(make_run(sweep))["time"]) if t.mode == "lines+markers")
     assert len(lines.x) == 3 * (len(sweep) - sum(r.spec["activations"] == "stored" for r in sweep))
     assert all(start > end for start, end in zip(lines.x[0::3], lines.x[1::3], strict=True))
 
 
 def test_the_bars_of_step_times_are_the_interval_of_the_median(make_run: Make) -> None:
     record = with_metrics(trial(1), step_median_s=0.5, step_median_low_s=0.375, step_median_high_s=0.75)
-    points = next(t for t in traces(drawn(make_run([record]))["time"]) if t.mode == "markers")
+    points = next(t for t in traces(drawn(make_run([record]))["time"]) if t.name == "revnet · stored")
     assert [list(points.error_y.arrayminus), list(points.error_y.array)] == [[125], [250]]
 
 

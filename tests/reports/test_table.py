@@ -72,7 +72,7 @@ def test_a_step_has_its_bar_in_brackets_and_is_sorted_by_its_median(make_run: Ma
     record = with_metrics(trial(1), step_median_s=0.5, step_median_low_s=0.375, step_median_high_s=0.75)
     table = table_of(make_run, [record])
     step = table.rows[0].metrics[[column.name for column in table.metrics].index("step_median_s")]
-    assert (step.text, step.sort) == ("500 (375 to 750)", "0.5")
+    assert (step.text, step.value) == ("500 (375 to 750)", 0.5)
 
 
 def test_a_guard_is_in_the_table_where_a_trial_has_one(make_run: Make) -> None:

@@ -1,5 +1,7 @@
 """The section of drift over training: planted angles read back out of the figure and the sentences."""
 
+from typing import Any
+
 from harness.record import TraceRow
 from reports.frames import trace_frame, trials_frame
 from reports.page import build_report
@@ -27,7 +29,7 @@ def test_each_angle_is_in_the_figure_and_zero_has_a_line_of_its_own(make_run: Ma
         store.write_trial(record, rows(factor), b"log")
     frame = trials_frame(store)
     followed = trace_frame(store, list(frame["id"]), TABLE)
-    figure = angle_over_training(frame, followed)
+    figure: Any = angle_over_training(frame, followed)
     assert figure is not None
     drawn = {(trace.name, trace.xaxis or "x"): trace for trace in figure.data if trace.mode == "lines+markers"}
     assert len(drawn) == 2 * len(KINDS)

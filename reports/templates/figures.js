@@ -1,0 +1,161 @@
+"use strict";
+
+/** A figure without the trials that the filter hides. What is drawn of several trials stands or falls with all of them,
+ * so that no median and no line counts one that is not there; a line of a heat map with any, since all are one network. */
+const filtered = (figure, isShown) => {
+  const kept = (trace) => {
+    const meta = trace.meta ?? {};
+    if (meta.all) return meta.all.every(isShown) ? trace : { ...trace, visible: false };
+    if (meta.points) {
+      const places = meta.points.flatMap((rows, place) => (rows.every(isShown) ? [place] : []));
+      return places.length === meta.points.length ? trace : taken(trace, places);
+    }
+    if (meta.segments) {
+      const places = meta.segments.flatMap((rows, place) =>
+        rows.every(isShown) ? [3 * place, 3 * place + 1, 3 * place + 2] : []);
+      return places.length === 3 * meta.segments.length ? trace : taken(trace, places);
+    }
+    if (meta.lines) {
+      const places = meta.lines.flatMap((rows, place) => (rows.some(isShown) ? [place] : []));
+      const pick = (values) => values && places.map((place) => values[place]);
+      return { ...trace, y: pick(trace.y), z: pick(trace.z), text: pick(trace.text), visible: places.length > 0 };
+    }
+    return trace;
+  };
+  return withLegend(figure.data, figure.data.map(kept));
+};
+
+/** Of the traces of one name the first that shows anything stands for them in the legend. */
+const withLegend = (before, now) => {
+  const entry = (trace) => `${trace.legendgroup}|${trace.name}`;
+  const wanted = new Set(before.filter((trace) => trace.name && trace.showlegend !== false).map(entry));
+  const isEmpty = (trace) => trace.visible === false || (trace.meta?.points && trace.x.length === 0);
+  return now.map((trace) => {
+    if (!trace.name || !trace.legendgroup || isEmpty(trace)) return trace;
+    return { ...trace, showlegend: wanted.delete(entry(trace)) };
+  });
+};
+
+const taken = (trace, places) => {
+  const pick = (values) => (Array.isArray(values) ? places.map((place) => values[place]) : values);
+  const own = { ...trace };
+  for (const name of ["x", "y", "text", "customdata"]) own[name] = pick(trace[name]);
+  if (trace.error_y) {
+    own.error_y = { ...trace.error_y, array: pick(trace.error_y.array), arrayminus: pick(trace.error_y.arrayminus) };
+  }
+  if (Array.isArray(trace.marker?.size)) own.marker = { ...trace.marker, size: pick(trace.marker.size) };
+  return own;
+};
+
+/** What a figure shows, as rows: which series, which panel, and its numbers. */
+const rowsOf = (figure, data) => {
+  const title = (axis, letter) => {
+    const own = figure.layout[letter + "axis" + (axis ?? letter).slice(1)]?.title?.text;
+    return own ?? figure.layout[letter + "axis"]?.title?.text ?? letter;
+  };
+  const panels = (figure.layout.annotations ?? []).map((note) => note.text.replaceAll("<br>", " "));
+  const panelOf = (trace) => panels[Number((trace.xaxis ?? "x").slice(1) || 1) - 1] ?? "";
+  const drawn = data.filter((trace) => trace.visible !== false && trace.hoverinfo !== "skip" && (trace.meta || trace.z));
+  const heads = new Set(), rows = [];
+  for (const trace of drawn) {
+    if (trace.z) {
+      if (trace.showscale === false) continue;
+      heads.add(`${title(trace.yaxis, "y")}|${title(trace.xaxis, "x")}|relative error`);
+      trace.y.forEach((name, line) => trace.x.forEach((column, place) => {
+        const text = trace.text?.[line]?.[place];
+        if (text) rows.push([name, column, text]);
+      }));
+      continue;
+    }
+    heads.add(`series|panel|${title(trace.xaxis, "x")}|${title(trace.yaxis, "y")}`);
+    trace.x.forEach((x, place) => {
+      if (x !== null && trace.y[place] !== null) {
+        const what = trace.mode === "lines" ? `${trace.name ?? trace.legendgroup ?? ""} (line)` : trace.name;
+        rows.push([what, panelOf(trace), x, trace.customdata?.[place] ?? trace.y[place]]);
+      }
+    });
+  }
+  return { heads: ([...heads][0] ?? "nothing is shown").split("|"), rows };
+};
+
+/** Draws a view when it comes into sight, and anew when the filter changed since. */
+const makeFigures = (figures, filter) => {
+  const views = [...document.querySelectorAll(".view[data-anchor]")].filter((view) => figures[view.dataset.anchor]);
+  const states = new Map();
+  let generation = 0;
+
+  const draw = async (view) => {
+    const state = states.get(view);
+    if (view.hidden || state.drawn === generation) return;
+    state.drawn = generation;
+    const figure = figures[view.dataset.anchor];
+    state.data = filtered(figure, filter().isShown);
+    const many = state.data.some((trace) => trace.type === "scattergl");
+    await Plotly.react(state.plot, state.data, figure.layout, {
+      responsive: true, displaylogo: false, plotGlPixelRatio: many ? 1 : 2,
+      toImageButtonOptions: { format: "svg", filename: view.dataset.anchor },
+    });
+    view.dataset.drawn = String(generation);
+    if (state.table.parentElement.open) list(view);
+  };
+  const list = (view) => {
+    const state = states.get(view);
+    const { heads, rows } = rowsOf(figures[view.dataset.anchor], state.data ?? figures[view.dataset.anchor].data);
+    const shown = (value) => (typeof value === "number" ? Number(value.toPrecision(6)) : escaped(value ?? ""));
+    state.table.innerHTML = `<thead><tr>${heads.map((head) => `<th scope="col">${escaped(head)}</th>`).join("")}</tr></thead>`
+      + `<tbody>${rows.map((row) => `<tr>${row.map((value) =>
+        `<td${typeof value === "number" ? ' class="number"' : ""}>${shown(value)}</td>`).join("")}</tr>`).join("")}</tbody>`;
+  };
+  const watcher = new IntersectionObserver((entries) => {
+    for (const entry of entries) {
+      states.get(entry.target).near = entry.isIntersecting;
+      if (entry.isIntersecting) draw(entry.target);
+    }
+  }, { rootMargin: "300px" });
+
+  for (const view of views) {
+    const anchor = view.dataset.anchor;
+    states.set(view, { plot: view.querySelector(".plot"), table: view.querySelector("table"), drawn: -1, near: false });
+    view.querySelector(".behind").addEventListener("toggle", (event) => event.target.open && list(view));
+    view.querySelector(".csv").addEventListener("click", () => {
+      const { heads, rows } = rowsOf(figures[anchor], states.get(view).data ?? figures[anchor].data);
+      download(`${anchor}.csv`, csvOf([heads, ...rows]));
+    });
+    view.querySelector(".svg").addEventListener("click", async () => {
+      await draw(view);
+      Plotly.downloadImage(states.get(view).plot, { format: "svg", filename: anchor, width: 1100, height: 560 });
+    });
+    watcher.observe(view);
+  }
+  for (const choice of document.querySelectorAll(".views input")) {
+    choice.addEventListener("change", () => {
+      for (const view of choice.closest("section").querySelectorAll(".view")) {
+        view.hidden = view.dataset.anchor !== choice.value;
+        if (!view.hidden && states.has(view)) draw(view);
+      }
+    });
+  }
+  return {
+    refresh: () => {
+      generation += 1;
+      return Promise.all(views.filter((view) => states.get(view).near).map(draw));
+    },
+    /** For print: all of it, whatever is in sight. */
+    drawAll: async () => {
+      for (const view of views) {
+        const wasHidden = view.hidden;
+        view.hidden = false;
+        await draw(view);
+        view.querySelector(".behind").open = true;
+        list(view);
+        view.dataset.wasHidden = String(wasHidden);
+      }
+    },
+    putBack: () => {
+      for (const view of views) {
+        view.hidden = view.dataset.wasHidden === "true";
+        view.querySelector(".behind").open = false;
+      }
+    },
+  };
+};
