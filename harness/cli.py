@@ -324,12 +324,9 @@ def _again(study: str, out: str | None) -> str:
 
 
 def _open_run(run: str) -> "RunStore":
-    from harness.store import RunStore
+    from harness.store import existing_run
 
-    store = RunStore(run)
-    if store.read_plan() is None and not store.finished_ids():
-        raise HarnessError(f"{run}: no run here (neither plan.json nor trials/). Give the directory of `revnet run`.")
-    return store
+    return existing_run(run)
 
 
 def _write_to(option: str, target: str, text: str) -> None:
