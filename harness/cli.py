@@ -202,9 +202,23 @@ def run(
 
 
 @app.command()
-def report(run: RunArgument) -> None:
+def report(
+    run: RunArgument,
+    png: Annotated[
+        str | None, typer.Option(help="Each figure as a PNG file too, for a paper; needs a browser.", metavar="DIR")
+    ] = None,
+) -> None:
     """Write report.html of a run, finished or not."""
-    say(_write_report(_open_run(run)))
+    store = _open_run(run)
+    if png is None:
+        say(_write_report(store))
+        return
+    from reports.pictures import find_browser, report_figures, write_pictures
+
+    browser = find_browser()
+    say(_write_report(store))
+    written = write_pictures(report_figures(store), Path(png), browser)
+    say("\n".join(map(str, written)) or f"no pictures: {run} has no figure yet.")
 
 
 @app.command()
@@ -310,12 +324,9 @@ def _again(study: str, out: str | None) -> str:
 
 
 def _open_run(run: str) -> "RunStore":
-    from harness.store import RunStore
+    from harness.store import existing_run
 
-    store = RunStore(run)
-    if store.read_plan() is None and not store.finished_ids():
-        raise HarnessError(f"{run}: no run here (neither plan.json nor trials/). Give the directory of `revnet run`.")
-    return store
+    return existing_run(run)
 
 
 def _write_to(option: str, target: str, text: str) -> None:

@@ -38,7 +38,9 @@ def examine() -> Iterator[Finding]:
     if browser:
         yield Finding("ok", f"browser {browser}")
     else:
-        yield Finding("note", "no browser, so the tests that look at a report in one are skipped")
+        yield Finding(
+            "note", "no browser, so `revnet report --png` draws nothing, and the tests of a report are skipped"
+        )
     yield _tiny_trial()
 
 

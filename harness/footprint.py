@@ -16,7 +16,7 @@ from harness.measure.attribution import HELD, Attribution, Held, attribute, held
 from harness.measure.events import HistoryRecorder, ProfilerRecorder, record_events
 from harness.measure.live import LiveStorages
 from harness.measure.memory import MemoryUse, measure_memory
-from harness.measure.timeline import memory_rows, owner_rows
+from harness.measure.timeline import memory_rows, owner_rows, phase_rows
 from harness.measure.viewers import perfetto_trace, pickled_snapshot, snapshot_of
 from harness.record import TraceRow
 
@@ -123,7 +123,8 @@ def attribute_footprint(step: Step, plain: MemoryUse, exports: Collection[str] =
         "unattributed_peak_bytes": max(levels["unattributed"]),
         "unmatched_storage_bytes": attribution.unmatched_storage_bytes,
     }
-    return Footprint(_over_ranks(figures), {}, memory_rows(attribution) + owner_rows(attribution), files)
+    trace = memory_rows(attribution) + phase_rows(attribution) + owner_rows(attribution)
+    return Footprint(_over_ranks(figures), {}, trace, files)
 
 
 def _attributed_step(step: Step, exports: Collection[str]) -> tuple[Attribution, dict[str, bytes]]:

@@ -100,6 +100,8 @@ class TraceRow(NamedTuple):
                                                         points, the peak and the forward's end among them
                              parameter_bytes, ...       bytes of each category, those at step start included; absent
                                                         where the step could not be attributed
+    phases  order in time    backward_s, end_s          when the backward begins, and is over, in the step of `memory`;
+                                                        absent where that has no categories, and from older traces
     communication  step      communication_s            seconds that collectives were under way
                              all_reduce_bytes, ...      handed to each collective in one step; index 0
                              all_reduce_calls, ...      how often it was called in it; index 0

@@ -308,5 +308,13 @@ class RunStore:
         return f"{self.uri}/{LAWS}"
 
 
+def existing_run(uri: str | Path) -> RunStore:
+    """Raises StoreError where no run was begun."""
+    store = RunStore(uri)
+    if store.read_plan() is None and not store.finished_ids():
+        raise StoreError(f"{uri}: no run here (neither plan.json nor trials/). Give the directory of `revnet run`.")
+    return store
+
+
 def _claim_path(trial_id: str, number: int) -> str:
     return f"claims/{trial_id}.{number}.json"

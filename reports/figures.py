@@ -30,7 +30,7 @@ def time_against_memory(frame: pd.DataFrame) -> go.Figure | None:
         return None
     x, y = usable["activation_peak_bytes"] / MIB, usable["step_median_s"] * 1e3
     figure = go.Figure()
-    pairs = _from_stored(usable)
+    pairs = from_stored(usable)
     figure.add_scatter(
         x=[value for start, end in pairs for value in (x[start], x[end], None)],
         y=[value for start, end in pairs for value in (y[start], y[end], None)],
@@ -100,7 +100,7 @@ def pareto_front(rows: pd.DataFrame) -> list[int]:
     return front
 
 
-def _from_stored(rows: pd.DataFrame) -> list[tuple[int, int]]:
+def from_stored(rows: pd.DataFrame) -> list[tuple[int, int]]:
     """The first stored row of each cell, with each of the cell's others."""
     pairs: list[tuple[int, int]] = []
     for _, cell in rows.groupby([field for field in CELL if field in rows], sort=False, dropna=False):

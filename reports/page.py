@@ -79,7 +79,7 @@ def packed(text: str) -> str:
 
 
 def _figures(sections: list[Section]) -> dict[str, Any]:
-    views = [view for section in sections for view in section.views]
+    views = [view for section in sections for view in (*section.views, *section.choices)]
     return {view.anchor: _plain(view.figure) for view in views if view.figure is not None}
 
 

@@ -1,13 +1,13 @@
 """The figures of a report in their order, each with what it says and what it defines."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pandas as pd
 import plotly.graph_objects as go
 
 from harness.store import RunStore
-from reports import amplification, figures, predictions, training, verdict
+from reports import amplification, figures, predictions, timeline, training, verdict
 from reports.frames import trace_frames
 from reports.memory_figures import memory_against
 
@@ -27,13 +27,24 @@ class View(NamedTuple):
     figure: go.Figure | None
 
 
+class Choice(NamedTuple):
+    """One trial's figure, of those that two views can show; `row` is the trial's in the frame."""
+
+    anchor: str
+    name: str
+    row: int
+    figure: go.Figure
+
+
 class Section(NamedTuple):
-    """One question that a report answers, in one view or in several to choose from."""
+    """One question that a report answers, in one view or in several to choose from; with `choices` in two views side by
+    side, each of any of these."""
 
     anchor: str
     title: str
     views: list[View]
     definition: str
+    choices: Sequence[Choice] = ()
 
 
 def sections_of(store: RunStore, frame: pd.DataFrame) -> list[Section]:
@@ -44,6 +55,8 @@ def sections_of(store: RunStore, frame: pd.DataFrame) -> list[Section]:
     sections = [_memory(frame), _time(frame)]
     if predictions.is_mentioned(frame):
         sections.append(_prediction(frame))
+    if (step := _step(store, frame)) is not None:
+        sections.append(step)
     sections.append(_drift(frame, traces))
     if len(causes):
         sections.append(_amplification(frame, causes, traces))
@@ -104,6 +117,49 @@ def _time(frame: pd.DataFrame) -> Section:
         + "A thin line leads from the stored trial to the others of the same network and batch. A ring: no other trial "
         "of the same depth and batch takes less time without more memory.",
     )
+
+
+def _step(store: RunStore, frame: pd.DataFrame) -> Section | None:
+    """None where no trial has its memory over time."""
+    rows = timeline.timelines(store, timeline.chosen(frame))
+    places = dict(zip(frame["id"], frame.index.tolist(), strict=True))
+    choices = []
+    for trial_id, own in rows.groupby("id", sort=False):
+        row = places[trial_id]
+        name = _trial_name(frame.loc[row])
+        figure = timeline.memory_over_step(own, title=name)
+        if figure is not None:
+            choices.append(Choice(f"step-{trial_id}", name, row, figure))
+    if not choices:
+        return None
+    findings = timeline.peak_sentences(frame, rows) or ["No trial has a stored one of its cell to compare with."]
+    pair = _pair_of(choices, frame)
+    return Section(
+        "step",
+        "Memory over one step",
+        [View(choice.anchor, choice.name, findings * (choice is pair[0]), choice.figure) for choice in pair],
+        "Bytes alive at each moment of one step, above the level at its start, by what they are: saved for the "
+        "backward, rebuilt inputs and their gradients (reconstruction), of a running operation (temporary), and so on; "
+        "unattributed is what could not be told. The deepest trial of each strategy and batch is here, and some more; "
+        "what the others left is in the run directory.",
+        choices,
+    )
+
+
+def _pair_of(choices: Sequence[Choice], frame: pd.DataFrame) -> list[Choice]:
+    """A trial that stores its activations and one of the same cell that does not, as far as there are any."""
+    by_row = {choice.row: choice for choice in choices}
+    shown = frame.loc[list(by_row)]
+    pairs = figures.from_stored(shown)
+    rebuilt = set(shown.index[shown["activations"] == "reconstructed"])
+    best = next((pair for pair in pairs if pair[1] in rebuilt), next(iter(pairs), tuple(list(by_row)[:2])))
+    return [by_row[row] for row in best]
+
+
+def _trial_name(trial: pd.Series) -> str:
+    model, _, rest = str(trial["strategy"]).partition(" · ")
+    depth = "" if pd.isna(trial["depth"]) else f"{trial['depth']:.0f}"
+    return f"{model}{depth} · {rest}, batch {trial['batch_size']}"
 
 
 def _drift(frame: pd.DataFrame, traces: pd.DataFrame) -> Section:

@@ -11,8 +11,12 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("revnet_core", "harness", "reports", "studies", "tests")
 # Each library's importers: files whose path begins so.
 OWN_ADAPTER = {"ray": "harness/schedule/", "deepspeed": "harness/engine.py"}
+# They stand on top, and alone in harness may import reports: the command, and the run in a notebook. Nobody imports the
+# first, and only harness itself, when it is asked for what is in there, the second.
+ON_TOP = ("harness/cli.py", "harness/notebook.py")
 # Files that a machine without torch, Ray or DeepSpeed must be able to import, and what they may not pull in.
 TORCH_FREE = ("harness/record.py", "harness/store.py", "harness/study.py", "harness/trials.py", "harness/expansion.py")
+TORCH_FREE += ("harness/__init__.py", "harness/notebook.py")
 
 
 def imported(source: str) -> Iterator[str]:
@@ -39,7 +43,7 @@ def _allowed(file: str, room: str, module: str) -> bool:
     if room == "revnet_core":
         return top in ("torch", "revnet_core")
     if room == "studies":
-        return top in ("torch", "rich", "typer", "revnet_core", "harness", "studies") and module != "harness.cli"
+        return top in ("torch", "rich", "typer", "revnet_core", "harness", "studies") and not _is_on_top(module)
     if top in ("studies", "tests"):
         return False
     if top in OWN_ADAPTER:
@@ -48,11 +52,15 @@ def _allowed(file: str, room: str, module: str) -> bool:
         if top == "harness":
             return module in ("harness.store", "harness.record", "harness.errors")
         return top not in ("torch", "revnet_core")
-    if module.startswith("harness.cli"):
-        return False
+    if _is_on_top(module):
+        return (file, module) == ("harness/__init__.py", "harness.notebook")
     if top == "reports":
-        return file == "harness/cli.py"
+        return file in ON_TOP
     return not (file in TORCH_FREE and top == "torch")
+
+
+def _is_on_top(module: str) -> bool:
+    return f"{module.replace('.', '/')}.py" in ON_TOP
 
 
 def sources() -> list[tuple[str, str]]:
@@ -75,6 +83,12 @@ def test_every_import_is_allowed() -> None:
         ("harness/schedule/sweep.py", "import reports.page"),
         ("harness/store.py", "import torch"),
         ("harness/worker.py", "from harness.cli import run"),
+        ("harness/worker.py", "from harness.notebook import open_run"),
+        ("harness/__init__.py", "import harness.cli"),
+        ("harness/__init__.py", "def f():\n    import reports.frames"),
+        ("harness/notebook.py", "import torch"),
+        ("reports/pictures.py", "import harness.notebook"),
+        ("studies/peers/measure.py", "from harness.notebook import open_run"),
         ("revnet_core/sequence.py", "import numpy"),
         ("revnet_core/audit.py", "from harness.record import Record"),
         ("reports/page.py", "import torch"),

@@ -33,6 +33,15 @@ def memory_rows(attribution: Attribution) -> list[TraceRow]:
     return rows
 
 
+def phase_rows(attribution: Attribution) -> list[TraceRow]:
+    """When the backward begins, to the last event of the allocator in the forward, and when it is over."""
+    history = attribution.history
+    return [
+        TraceRow("phases", 0, "backward_s", history.seconds(history.forward_end)),
+        TraceRow("phases", 1, "end_s", (history.end_ns - history.start_ns) / 1e9),
+    ]
+
+
 def owner_rows(attribution: Attribution) -> list[TraceRow]:
     """Whose the bytes at the peak are, the largest first."""
     rows = []

@@ -53,9 +53,10 @@ const rowsOf = (figure, data) => {
     const own = figure.layout[letter + "axis" + (axis ?? letter).slice(1)]?.title?.text;
     return own ?? figure.layout[letter + "axis"]?.title?.text ?? letter;
   };
-  const panels = (figure.layout.annotations ?? []).map((note) => note.text.replaceAll("<br>", " "));
+  const panels = !figure.layout.xaxis2 ? [] : (figure.layout.annotations ?? []).map((note) => note.text.replaceAll("<br>", " "));
   const panelOf = (trace) => panels[Number((trace.xaxis ?? "x").slice(1) || 1) - 1] ?? "";
-  const drawn = data.filter((trace) => trace.visible !== false && trace.hoverinfo !== "skip" && (trace.meta || trace.z));
+  const drawn = data.filter((trace) => trace.visible !== false && trace.hoverinfo !== "skip"
+    && (trace.z || trace.x?.some((value) => value !== null)));
   const heads = new Set(), rows = [];
   for (const trace of drawn) {
     if (trace.z) {
@@ -78,6 +79,15 @@ const rowsOf = (figure, data) => {
   return { heads: ([...heads][0] ?? "nothing is shown").split("|"), rows };
 };
 
+/** Of two figures side by side the scale that has room for both. */
+const besides = (view, figures) => {
+  const pair = view.closest(".beside")?.querySelectorAll(".view");
+  if (!pair) return {};
+  const tops = [...pair].map((each) => figures[each.dataset.anchor].layout.yaxis.range[1]);
+  const own = figures[view.dataset.anchor].layout;
+  return { yaxis: { ...own.yaxis, range: [0, Math.max(...tops)] }, width: undefined };
+};
+
 /** Draws a view when it comes into sight, and anew when the filter changed since. */
 const makeFigures = (figures, filter) => {
   const views = [...document.querySelectorAll(".view[data-anchor]")].filter((view) => figures[view.dataset.anchor]);
@@ -90,8 +100,9 @@ const makeFigures = (figures, filter) => {
     state.drawn = generation;
     const figure = figures[view.dataset.anchor];
     state.data = filtered(figure, filter().isShown);
+    view.querySelector(".figure").setAttribute("aria-label", figure.layout.meta.description);
     const many = state.data.some((trace) => trace.type === "scattergl");
-    await Plotly.react(state.plot, state.data, figure.layout, {
+    await Plotly.react(state.plot, state.data, { ...figure.layout, ...besides(view, figures) }, {
       responsive: true, displaylogo: false, plotGlPixelRatio: many ? 1 : 2,
       toImageButtonOptions: { format: "svg", filename: view.dataset.anchor },
     });
@@ -114,19 +125,28 @@ const makeFigures = (figures, filter) => {
   }, { rootMargin: "300px" });
 
   for (const view of views) {
-    const anchor = view.dataset.anchor;
     states.set(view, { plot: view.querySelector(".plot"), table: view.querySelector("table"), drawn: -1, near: false });
     view.querySelector(".behind").addEventListener("toggle", (event) => event.target.open && list(view));
     view.querySelector(".csv").addEventListener("click", () => {
-      const { heads, rows } = rowsOf(figures[anchor], states.get(view).data ?? figures[anchor].data);
-      download(`${anchor}.csv`, csvOf([heads, ...rows]));
+      const { heads, rows } = rowsOf(figures[view.dataset.anchor], states.get(view).data ?? figures[view.dataset.anchor].data);
+      download(`${view.dataset.anchor}.csv`, csvOf([heads, ...rows]));
     });
     view.querySelector(".svg").addEventListener("click", async () => {
       await draw(view);
-      Plotly.downloadImage(states.get(view).plot, { format: "svg", filename: anchor, width: 1100, height: 560 });
+      Plotly.downloadImage(states.get(view).plot, { format: "svg", filename: view.dataset.anchor, width: 1100, height: 560 });
     });
     watcher.observe(view);
   }
+  /** Another trial in a view of two: both are drawn anew, since they share a scale. */
+  const picks = [...document.querySelectorAll(".pick select")];
+  const pick = (select) => {
+    select.closest(".view").dataset.anchor = select.value;
+    for (const view of select.closest(".beside").querySelectorAll(".view")) {
+      states.get(view).drawn = -1;
+      if (states.get(view).near) draw(view);
+    }
+  };
+  for (const select of picks) select.addEventListener("change", () => pick(select));
   for (const choice of document.querySelectorAll(".views input")) {
     choice.addEventListener("change", () => {
       for (const view of choice.closest("section").querySelectorAll(".view")) {
@@ -138,6 +158,14 @@ const makeFigures = (figures, filter) => {
   return {
     refresh: () => {
       generation += 1;
+      for (const select of picks) {
+        for (const option of select.options) option.disabled = !filter().isShown(Number(option.dataset.row));
+        const first = [...select.options].find((option) => !option.disabled);
+        if (select.selectedOptions[0]?.disabled && first) {
+          select.value = first.value;
+          select.closest(".view").dataset.anchor = first.value;
+        }
+      }
       return Promise.all(views.filter((view) => states.get(view).near).map(draw));
     },
     /** For print: all of it, whatever is in sight. */

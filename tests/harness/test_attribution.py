@@ -12,7 +12,7 @@ from harness.measure.attribution import CATEGORIES, Attribution, Block, Held, at
 from harness.measure.events import AllocatorEvent, AllocatorHistory, ProfilerRecorder
 from harness.measure.live import LiveStorages, Storage
 from harness.measure.memory import measure_memory
-from harness.measure.timeline import memory_rows, owner_rows, thin
+from harness.measure.timeline import memory_rows, owner_rows, phase_rows, thin
 
 CPU = torch.device("cpu")
 KIB = 2**10
@@ -320,6 +320,17 @@ def test_the_rows_hold_start_forward_end_and_peak_and_sum_to_the_level() -> None
     held_bytes = sum(held.nbytes for held in attribution.held)
     for point in by_time:
         assert sum(point[f"{category}_bytes"] for category in CATEGORIES) == held_bytes + point["live_bytes"]
+
+
+def test_the_phases_say_where_among_the_points_the_backward_begins() -> None:
+    attribution = Trained(4, 512).step()
+    backward, end = phase_rows(attribution)
+    assert (backward.name, end.name) == ("backward_s", "end_s")
+    levels = {row.index: row.value for row in memory_rows(attribution) if row.name == "live_bytes"}
+    times = {row.index: row.value for row in memory_rows(attribution) if row.name == "time_s"}
+    at = [index for index, seconds in times.items() if seconds == backward.value]
+    assert attribution.history.saved_bytes in [levels[index] for index in at]
+    assert 0 < backward.value < max(times.values()) <= end.value
 
 
 def test_owner_rows_are_named_by_category_and_owner() -> None:

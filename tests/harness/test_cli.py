@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from harness.plan_file import Plan
+from harness.store import RunStore
 from tests.harness.conftest import Command
+from tests.reports.conftest import trial
 
 STUDY = """\
 name: small
@@ -80,6 +82,20 @@ def test_a_report_of_nothing_is_refused(revnet_here: Command, tmp_path: Path) ->
     assert done.returncode == 2
     assert "no run here" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_s_pictures_are_written_or_refused_before_anything_is(revnet_here: Command, tmp_path: Path) -> None:
+    record = trial(0)
+    RunStore(tmp_path / "run").write_trial(record)
+    done = revnet_here("report", "run", "--png", "pictures")
+    if "Install it with" in done.stderr or "Install one of" in done.stderr:
+        assert done.returncode == 2
+        assert not (tmp_path / "run" / "report.html").exists()
+    else:
+        assert done.returncode == 0, done.stderr
+        written = done.stdout.splitlines()
+        assert written == ["run/report.html", *(f"pictures/{name}.png" for name in ("peak", "saved", "time"))]
+        assert all((tmp_path / path).stat().st_size > 1000 for path in written)
 
 
 def test_what_cannot_be_placed_is_refused_before_it_starts(revnet: Command, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 
-from harness.record import Record
+from harness.record import Record, TraceRow
 from harness.store import RunStore
 from reports.page import build_report
 from tests.reports.browser import Opened, browser_page, needs_browser
@@ -31,8 +31,19 @@ def report(records: list[Record], tmp_path_factory: pytest.TempPathFactory) -> P
     store = RunStore(tmp_path_factory.mktemp("browser") / "run")
     store.open_for(STUDY, [record.id for record in records])
     for record in records:
-        store.write_trial(record, list(drift_rows(record)), b"log")
+        store.write_trial(record, [*drift_rows(record), *step_rows(record)], b"log")
     return Path(store.write_report(build_report(store)))
+
+
+def step_rows(record: Record) -> Iterator[TraceRow]:
+    """A step whose saved bytes rise to the record's and fall again."""
+    peak = record.metrics.get("activation_peak_bytes", 0)
+    for index, share in enumerate((0, 0.5, 1, 0.5, 0)):
+        yield TraceRow("memory", index, "time_s", 0.01 * index)
+        yield TraceRow("memory", index, "live_bytes", share * peak)
+        yield TraceRow("memory", index, "saved_bytes", share * peak)
+        yield TraceRow("memory", index, "unattributed_bytes", 0)
+    yield from (TraceRow("phases", 0, "backward_s", 0.02), TraceRow("phases", 0, "end_s", 0.04))
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +112,27 @@ def test_one_filter_acts_on_all_figures_and_on_the_table_and_stays_in_the_addres
     opened.page.click("#reset")
     assert opened.page.inner_text("#shown") == "25 of 25 trials"
     assert "#" not in opened.page.url
+    assert opened.complaints == []
+
+
+def test_any_two_trials_stand_side_by_side_on_one_scale(opened: Opened, records: list[Record]) -> None:
+    page = opened.page
+    opened.walk()
+    plots = page.locator("#step .plot")
+    tops = [page.evaluate("e => e.layout.yaxis.range[1]", plot) for plot in plots.element_handles()]
+    assert tops[0] == tops[1]
+    peaks = [max(page.evaluate("e => e.data[0].y", plot)) for plot in plots.element_handles()]
+    assert peaks == [8.5 * 9, 6.0] or peaks[0] > peaks[1]
+    page.select_option("#step .view:first-child select", label="revnet38 · checkpointed, batch 16")
+    page.wait_for_function("document.querySelector('#step .plot').layout.title.text.includes('checkpointed, batch 16')")
+    [record] = [
+        r for r in records if (r.spec["depth"], r.spec["activations"], r.spec["batch_size"]) == (38, "checkpointed", 16)
+    ]
+    shown = page.evaluate("document.querySelector('#step .plot').data[0].y")
+    assert max(shown) == pytest.approx(record.metrics["activation_peak_bytes"] / 2**20, abs=1e-3)
+    assert "checkpointed, batch 16" in (page.get_attribute("#step .figure", "aria-label") or "")
+    opened.narrow("batch_size", "32")
+    assert "batch 32" in page.locator("#step select").first.locator("option:checked").inner_text()
     assert opened.complaints == []
 
 
