@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from harness.store import RunStore
     from harness.study import Study, StudyResources
     from harness.trials import TrialSpec
+    from reports.compare import Comparison
 
 DONE, FAILED, BAD_INPUT, INCOMPLETE = 0, 1, 2, 4
 
@@ -271,6 +272,7 @@ def compare(
     fail: FailOption = None,
     markdown: Annotated[str | None, typer.Option(help="For a pull request; - is stdout.", metavar="FILE")] = None,
     json: Annotated[str | None, typer.Option(help="As data; - is stdout.", metavar="FILE")] = None,
+    html: Annotated[str | None, typer.Option(help="A page to look at; - is stdout.", metavar="FILE")] = None,
 ) -> None:
     """Compare memory, time, drift and statuses of the trials that two runs have in common, finished or not."""
     from reports.compare import compare_sides, read_side
@@ -278,13 +280,15 @@ def compare(
     from reports.compare_view import as_json, as_text
     from reports.limits import parse_limit
 
-    if markdown == json == "-":
-        raise HarnessError("--markdown -, --json -: stdout takes one of the two. Give a file for the other.")
+    targets = {"--markdown": markdown, "--json": json, "--html": html}
+    if len(to_stdout := [option for option, target in targets.items() if target == "-"]) > 1:
+        raise HarnessError(f"{' -, '.join(to_stdout)} -: stdout takes one of them. Give a file for the others.")
     limits = [parse_limit(text) for text in fail or ()]
     comparison = compare_sides(read_side(_open_run(base)), read_side(_open_run(run)), limits)
-    if "-" not in (markdown, json):
+    if not to_stdout:
         say(as_text(comparison), nl=False)
-    for option, target, view in (("--markdown", markdown, as_markdown), ("--json", json, as_json)):
+    for option, view in (("--markdown", as_markdown), ("--json", as_json), ("--html", _as_page)):
+        target = targets[option]
         if target is not None:
             _write_to(option, target, view(comparison))
     raise typer.Exit(comparison.exit_code)
@@ -334,9 +338,17 @@ def _write_to(option: str, target: str, text: str) -> None:
         say(text, nl=False)
         return
     try:
-        Path(target).write_text(text, encoding="utf-8")
+        # What is no character, as half of a pair, is said so and does not keep the rest from being written.
+        Path(target).write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise HarnessError(f"{option} {target}: cannot be written ({error.strerror}). Give another file.") from None
+
+
+def _as_page(comparison: "Comparison") -> str:
+    # Plotly takes a second to import.
+    from reports.compare_page import as_html
+
+    return as_html(comparison)
 
 
 def _write_report(store: "RunStore") -> str:

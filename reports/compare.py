@@ -1,8 +1,11 @@
 """Two runs to a verdict: what changed, what got worse than allowed, and what could not be compared."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property
+from statistics import median
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 
@@ -17,6 +20,8 @@ from reports.limits import Limit, check_metrics
 # Compared in any case.
 METRICS = ("activation_peak_bytes", "activation_saved_bytes", "step_median_s", "drift_max_rel", "gradient_angle_deg")
 EQUAL, REGRESSION, NOT_COMPARABLE, INCOMPLETE = 0, 1, 3, 4
+# On one change of one cell; `allowed` differs and is within its limits, `changed` differs and has none.
+ChangeVerdict = Literal["worse", "within noise", "better", "changed", "allowed", "equal"]
 # Of a status, in the order from good to bad.
 NO_RESULT = 2
 
@@ -45,26 +50,37 @@ class StatusChange(NamedTuple):
 
 
 class NotCompared(NamedTuple):
-    """A metric that one of two trials has and the other has not; `missing_in` is `base` or `run`."""
+    """A metric that one of two trials has and the other has not; `missing_in` is `base` or `run`.
+
+    before, now  the median over such repeats of the cell; None on the side that has none
+    """
 
     where: str
     metric: str
     missing_in: str
     reason: str
+    before: float | None
+    now: float | None
 
 
 class NotComparable(NamedTuple):
-    """Two trials that differ in what they ran on; `what` is a metric, or `status`."""
+    """Two trials that differ in what they ran on; `what` is a metric, or `status`.
+
+    before, now  of a metric the medians over such repeats of the cell, None where a side has none; of `status` both
+    """
 
     where: str
     what: str
     differences: tuple[str, ...]
+    before: float | str | None
+    now: float | str | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """What was found. `changes` has every cell and metric that were compared, the lists below what of them matters.
 
+    names           of the cells, in the order of BASE
     judged          the metrics that the verdict is about: those with a limit, without any limit all
     within_noise    beyond a limit and not counted, since the interval includes no change
     other           statuses that differ and are as good as each other
@@ -76,7 +92,7 @@ class Comparison:
     run: Side
     limits: Sequence[Limit]
     judged: Sequence[str]
-    cells: int
+    names: Sequence[str]
     trials: int
     changes: Sequence[Change]
     regressions: Sequence[Judged]
@@ -92,6 +108,10 @@ class Comparison:
     added: Sequence[str]
 
     @property
+    def cells(self) -> int:
+        return len(self.names)
+
+    @property
     def exit_code(self) -> int:
         """A regression among what is comparable is proven, whatever else is missing; then what cannot be judged."""
         if self.regressions or self.worse:
@@ -104,6 +124,21 @@ class Comparison:
         unjudged |= any(found.metric in self.judged for found in self.not_compared)
         unfinished = self.missing or self.no_result or self.base.missing or self.run.missing or not self.trials
         return INCOMPLETE if unjudged or unfinished else EQUAL
+
+    def verdict_on(self, change: Change) -> ChangeVerdict:
+        """Of several limits on its metric the one that it does worst by decides."""
+        if change in self._beyond:
+            return self._beyond[change]
+        if not change.differing:
+            return "equal"
+        return "allowed" if any(limit.metric == change.metric for limit in self.limits) else "changed"
+
+    @cached_property
+    def _beyond(self) -> Mapping[Change, ChangeVerdict]:
+        found: dict[Change, ChangeVerdict] = {judged.change: "better" for judged in self.improvements}
+        found |= {judged.change: "within noise" for judged in self.within_noise}
+        found |= {judged.change: "worse" for judged in self.regressions}
+        return found
 
 
 def read_side(store: RunStore) -> Side:
@@ -142,7 +177,7 @@ def compare_sides(base: Side, run: Side, limits: Sequence[Limit] = ()) -> Compar
         run=run,
         limits=limits,
         judged=list(dict.fromkeys(limit.metric for limit in limits)) or METRICS,
-        cells=len(paired.cells),
+        names=[cell.name for cell in paired.cells],
         trials=sum(len(cell.pairs) for cell in paired.cells),
         changes=changes,
         regressions=[found for found in exceeded if not found.change.within_noise],
@@ -178,7 +213,7 @@ def _statuses(cell: Cell, not_comparable: list[NotComparable]) -> list[StatusCha
         # Where a whole run died and left nothing about its machine, that is the finding.
         known = before["machine"] and now["machine"]
         if known and (unlike := differences(before, now, "status")):
-            not_comparable.append(NotComparable(cell.name, "status", tuple(unlike)))
+            not_comparable.append(NotComparable(cell.name, "status", tuple(unlike), before["status"], now["status"]))
         else:
             # Of the two, the reason of the one that went wrong.
             reason = now["reason"] if now["status"] != "ok" else before["reason"]
@@ -191,22 +226,33 @@ def _pairs_with(
 ) -> list[tuple[Trial, Trial]]:
     """The pairs that have the metric and are comparable; of the others, why not."""
     kind: Kind = kind_of(metric)
-    pairs = []
+    pairs: list[tuple[Trial, Trial]] = []
+    unlike: dict[tuple[str, ...], list[tuple[Trial, Trial]]] = defaultdict(list)
+    lacking: dict[tuple[str, str], list[tuple[Trial, Trial]]] = defaultdict(list)
     for before, now in cell.pairs:
         if before["status"] != "ok" or now["status"] != "ok":
             continue
         has = [metric in trial["metrics"] for trial in (before, now)]
         if not any(has):
             continue
-        if unlike := differences(before, now, kind):
-            not_comparable.append(NotComparable(cell.name, metric, tuple(unlike)))
+        if found := differences(before, now, kind):
+            unlike[tuple(found)].append((before, now))
         elif not all(has):
             without, side = (now, "run") if has[0] else (before, "base")
-            reason = without["unmeasured"].get(metric, "the record does not say")
-            not_compared.append(NotCompared(cell.name, metric, side, reason))
+            lacking[side, without["unmeasured"].get(metric, "the record does not say")].append((before, now))
         else:
             pairs.append((before, now))
+    for what, of_them in unlike.items():
+        not_comparable.append(NotComparable(cell.name, metric, what, *_medians(metric, of_them)))
+    for (side, reason), of_them in lacking.items():
+        not_compared.append(NotCompared(cell.name, metric, side, reason, *_medians(metric, of_them)))
     return pairs
+
+
+def _medians(metric: str, pairs: Sequence[tuple[Trial, Trial]]) -> tuple[float | None, float | None]:
+    values = ([pair[side]["metrics"][metric] for pair in pairs if metric in pair[side]["metrics"]] for side in (0, 1))
+    before, now = (median(found) if found else None for found in values)
+    return before, now
 
 
 def _improvements(changes: Sequence[Change], limits: Sequence[Limit]) -> list[Judged]:

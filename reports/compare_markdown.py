@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from reports.changes import Change
 from reports.compare import Comparison, Judged
-from reports.compare_view import interval_text, origin, sections, shortened, summaries, verdict
-from reports.units import shown, shown_change
+from reports.compare_view import change_text, interval_text, origin, sections, shortened, summaries, verdict
+from reports.units import shown
 
 # Of a table; a comment on GitHub has at most 65,536 characters.
 MOST_ROWS = 60
@@ -64,10 +64,7 @@ def _list(lines: Iterable[str]) -> str:
 
 def _row(change: Change) -> tuple[str, ...]:
     metric = change.metric
-    change_text = shown_change(metric, change.before, change.now)
-    if change.before == change.now and change.differing:
-        change_text = f"median equal, {change.differing} of {change.repeats} repeats not"
-    return change.where, metric, shown(metric, change.before), shown(metric, change.now), change_text
+    return change.where, metric, shown(metric, change.before), shown(metric, change.now), change_text(change)
 
 
 def _judged_row(found: Judged) -> tuple[str, ...]:

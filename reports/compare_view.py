@@ -3,14 +3,31 @@
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from reports.changes import Change
-from reports.compare import EQUAL, NOT_COMPARABLE, REGRESSION, Comparison, Judged, NotComparable, NotCompared, Side
+from reports.compare import (
+    EQUAL,
+    INCOMPLETE,
+    NOT_COMPARABLE,
+    REGRESSION,
+    Comparison,
+    Judged,
+    NotComparable,
+    NotCompared,
+    Side,
+)
+from reports.origins import MAIN_FACTS, facts_of
 from reports.units import percent, shown, shown_change
 
 # Of one kind; whoever wants more asks for the data.
 MOST_LINES = 20
+EXIT_CODES = {
+    EQUAL: "nothing is worse than allowed",
+    REGRESSION: "a regression: a figure beyond a limit, or a status that got worse",
+    NOT_COMPARABLE: "not comparable: hardware, versions or settings differ",
+    INCOMPLETE: "incomplete: a trial, a figure or a result is missing, or nothing was held against a limit",
+}
 
 
 def verdict(comparison: Comparison) -> str:
@@ -35,14 +52,8 @@ def origin(side: Side) -> dict[str, str]:
     """What a reader wants to know of a run; with every value that occurs, since a run may span machines."""
     statuses = ", ".join(f"{status} {count}" for status, count in side.frame["status"].value_counts().items())
     missing = f"; {side.missing} without a record" * bool(side.missing)
-    facts: dict[str, dict[str, None]] = {name: {} for name in ("commit", "device", "torch", "deepspeed")}
-    for row in side.frame.to_dict("records"):
-        git, versions = row["git"], row["versions"]
-        commit = git["commit"][:12] + (" and uncommitted changes" if git["dirty"] else "") if git else None
-        found = (commit, row["machine"].get("device_name"), versions.get("torch"), versions.get("deepspeed"))
-        for name, value in zip(facts, found, strict=True):
-            facts[name] |= {str(value): None} if value else {}
-    said = {name: " / ".join(values) or "not recorded" for name, values in facts.items()}
+    facts = facts_of(side.frame)
+    said = {name: " / ".join(facts[name]) or "not recorded" for name in MAIN_FACTS}
     return {"run": side.uri, "study": side.study or "none", "trials": (statuses or "none") + missing} | said
 
 
@@ -85,19 +96,33 @@ def sections(comparison: Comparison) -> list[tuple[str, list[str]]]:
 
 
 def judged_line(found: Judged) -> str:
-    change, limit = found
+    change = found.change
     words = [f"{change.metric} {shown(change.metric, change.before)} -> {shown(change.metric, change.now)}"]
-    words += [shown_change(change.metric, change.before, change.now), f"limit {limit.text}"]
-    if change.before == 0 and limit.relative:
-        words.append("from 0 any change is beyond a limit in percent")
+    words += [shown_change(change.metric, change.before, change.now), limit_text(found)]
     return f"{change.where}: {', '.join(words)}{interval_text(change)}"
+
+
+def limit_text(found: Judged) -> str:
+    from_zero = found.change.before == 0 and found.limit.relative
+    return f"limit {found.limit.text}" + ", from 0 any change is beyond a limit in percent" * from_zero
 
 
 def interval_text(change: Change) -> str:
     """`; -1 % to +4 % (95 %, ...)`; "" where there is none."""
+    ends = ends_text(change)
+    return f"; {ends} ({change.method})" if ends else ""
+
+
+def ends_text(change: Change) -> str:
     if change.low is None or change.high is None:
         return ""
-    return f"; {percent(change.low)} to {percent(change.high)} ({change.method})"
+    return f"{percent(change.low)} to {percent(change.high)}"
+
+
+def change_text(change: Change) -> str:
+    if change.before == change.now and change.differing:
+        return f"median equal, {change.differing} of {change.repeats} repeats not"
+    return shown_change(change.metric, change.before, change.now)
 
 
 def not_compared_lines(found: Iterable[NotCompared]) -> list[str]:
@@ -123,27 +148,46 @@ def _together(found: Iterable[tuple[tuple[str, ...], str]]) -> list[str]:
     return lines
 
 
-def summaries(changes: Sequence[Change]) -> list[str]:
-    """One line a metric: how many are equal, and the largest rise and fall."""
+class Summary(NamedTuple):
+    """Of one metric in all its cells; None where nothing rose, or fell."""
+
+    metric: str
+    cells: int
+    equal: int
+    rise: Change | None
+    fall: Change | None
+
+
+def summed(changes: Sequence[Change]) -> list[Summary]:
     by_metric: dict[str, list[Change]] = defaultdict(list)
     for change in changes:
         by_metric[change.metric].append(change)
-    width = max(map(len, by_metric), default=0)
-    lines = []
+    found = []
     for metric, of_metric in by_metric.items():
         equal = sum(change.differing == 0 for change in of_metric)
-        words = [f"{equal} of {counted(len(of_metric), 'cell')} equal"]
         by_size = sorted(of_metric, key=_size)
-        for title, change in (("largest rise", by_size[-1]), ("largest fall", by_size[0])):
-            if (change.now > change.before) if title == "largest rise" else (change.now < change.before):
-                words.append(f"{title} {shown_change(metric, change.before, change.now)} ({change.where})")
+        rise = by_size[-1] if by_size[-1].now > by_size[-1].before else None
+        fall = by_size[0] if by_size[0].now < by_size[0].before else None
+        found.append(Summary(metric, len(of_metric), equal, rise, fall))
+    return found
+
+
+def summaries(changes: Sequence[Change]) -> list[str]:
+    """One line a metric: how many are equal, and the largest rise and fall."""
+    found = summed(changes)
+    width = max((len(summary.metric) for summary in found), default=0)
+    lines = []
+    for metric, cells, equal, rise, fall in found:
+        words = [f"{equal} of {counted(cells, 'cell')} equal"]
+        words += [f"largest rise {change_text(rise)} ({rise.where})"] if rise else []
+        words += [f"largest fall {change_text(fall)} ({fall.where})"] if fall else []
         lines.append(f"{metric:<{width}}  {', '.join(words)}")
     return lines
 
 
-def shortened(lines: Sequence[str], most: int = MOST_LINES) -> list[str]:
-    left = len(lines) - most
-    return list(lines) if left <= 0 else [*lines[:most], f"and {left} more; --json has all"]
+def shortened(lines: Sequence[str], has_all: str = "--json") -> list[str]:
+    left = len(lines) - MOST_LINES
+    return list(lines) if left <= 0 else [*lines[:MOST_LINES], f"and {left} more; {has_all} has all"]
 
 
 def counted(count: int, noun: str) -> str:

@@ -35,6 +35,12 @@ class Limit(NamedTuple):
         """Whether the metric went as far the other way."""
         return -self._worse_by(before, now) > self._allowed(before)
 
+    def as_fraction(self, before: float) -> float | None:
+        """The change, as a fraction of the value before, that is just allowed; None where that is 0."""
+        if not before:
+            return None
+        return float(self._allowed(before) / abs(Fraction(before))) * (1 if self.rise else -1)
+
     def _worse_by(self, before: float, now: float) -> Fraction:
         change = Fraction(now) - Fraction(before)
         return change if self.rise else -change

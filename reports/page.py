@@ -16,12 +16,12 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from harness.record import Record
 from harness.store import LAWS, RunStore
 from reports import verdict
 from reports.columns import columns_of
 from reports.datatables import datatables_css, datatables_js
 from reports.frames import frame_of, laws, missing_ids
+from reports.origins import facts_of
 from reports.sections import Section, sections_of
 from reports.summary import headings_of, summary
 from reports.table import SYMBOLS
@@ -59,7 +59,7 @@ def build_report(store: RunStore) -> str:
         unmeasured=[record for record in records if record.status != "ok"],
         symbols=SYMBOLS,
         sections=sections,
-        origins=_origins(records),
+        origins=[(name, " / ".join(values)) for name, values in facts_of(frame).items() if values],
         columns=columns,
         step_bars=verdict.bars_sentence(frame),
         command=f"revnet run {store.uri}/study.yaml --out {store.uri}",
@@ -120,26 +120,3 @@ def _answers(frame: pd.DataFrame) -> list[str]:
         *verdict.drift_sentences(frame),
         *verdict.guard_sentences(frame),
     ]
-
-
-def _origins(records: list[Record]) -> list[tuple[str, str]]:
-    """Device, libraries and commit; each line with every value that occurs, since a run may span machines."""
-    facts: dict[str, dict[str, None]] = {}
-
-    def note(key: str, value: object) -> None:
-        if value not in (None, ""):
-            facts.setdefault(key, {})[str(value)] = None
-
-    for record in records:
-        machine = record.machine
-        note("device", machine.get("device_name"))
-        note("driver", machine.get("cuda_driver"))
-        if "memory_bytes" in machine:
-            note("host", f"{machine.get('cpu_count')} cores, {machine['memory_bytes'] / 2**30:.0f} GiB")
-        note("threads", machine.get("threads"))
-        note("system", machine.get("platform"))
-        for package, number in record.versions.items():
-            note(package, number)
-        if record.git:
-            note("commit", record.git["commit"][:12] + (" and uncommitted changes" if record.git["dirty"] else ""))
-    return [(key, " / ".join(values)) for key, values in facts.items()]

@@ -78,7 +78,9 @@ def test_the_verdict_is_the_first_line_and_a_regression_has_one_of_its_own(
         (["base", "base", "--fail", "activation_peek_bytes:+2%"], "Did you mean activation_peak_bytes"),
         (["base", "base", "--fail", "parameter_count:+2%"], "nobody counted"),
         (["base", "base", "--markdown", "no/such/folder.md"], "--markdown no/such/folder.md: cannot be written"),
-        (["base", "base", "--markdown", "-", "--json", "-"], "stdout takes one of the two"),
+        (["base", "base", "--markdown", "-", "--json", "-"], "stdout takes one of them"),
+        (["base", "base", "--html", "no/such/page.html"], "--html no/such/page.html: cannot be written"),
+        (["base", "base", "--html", "-", "--json", "-"], "--json -, --html -: stdout takes one of them"),
         (["base", "base", "--allow-different"], "No such option"),
         (["base"], "Missing argument 'RUN'"),
     ],
@@ -114,3 +116,37 @@ def test_files_are_written_and_stdout_takes_the_place_of_the_text(
     assert json.loads((tmp_path / "c.json").read_text())["exit_code"] == 0
     assert revnet_here("compare", "base", "base", "--markdown", "-").stdout.startswith("### revnet compare")
     assert json.loads(revnet_here("compare", "base", "base", "--json", "-").stdout)["regressions"] == []
+
+
+@pytest.mark.parametrize("code", [0, 1, 3, 4])
+def test_a_page_is_written_whatever_the_verdict_and_changes_nothing_of_it(
+    revnet_here: Command, tmp_path: Path, base: list[Record], code: int
+) -> None:
+    runs = {
+        0: base,
+        1: [*base[:2], scaled(base[2], activation_peak_bytes=1.03)],
+        3: [on(base[0], torch="2.14.0+cpu"), *base[1:]],
+        4: base[:2],
+    }
+    write(tmp_path / "base", base)
+    write(tmp_path / "run", runs[code])
+    plain = revnet_here("compare", "base", "run", *LIMIT)
+    done = revnet_here("compare", "base", "run", *LIMIT, "--html", "c.html", "--json", "c.json")
+    assert (done.returncode, done.stdout) == (plain.returncode, plain.stdout) == (code, plain.stdout)
+    page = (tmp_path / "c.html").read_text()
+    data = json.loads((tmp_path / "c.json").read_text())
+    assert data["exit_code"] == code
+    assert f'<b id="exit-code">{code}</b>' in page
+    assert data["verdict"] in page
+    assert revnet_here("compare", "base", "run", *LIMIT, "--html", "-").stdout.startswith("<!doctype html>")
+
+
+def test_half_a_character_does_not_keep_a_page_from_being_written(
+    revnet_here: Command, tmp_path: Path, base: list[Record]
+) -> None:
+    write(tmp_path / "base", base)
+    path = tmp_path / "base" / "trials" / f"{base[0].id}.json"
+    path.write_text(path.read_text().replace('"PASSIVE"', '"PASS\\ud800IVE"'))
+    done = revnet_here("compare", "base", "base", "--html", "c.html")
+    assert done.returncode == 0, done.stderr
+    assert "PASS?IVE" in (tmp_path / "c.html").read_text()
