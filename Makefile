@@ -55,6 +55,11 @@ $(VENV)/ready-peers: $(VENV)/ready
 	$(PIP) --no-deps memcnn revtorch FrEIA
 	touch $@
 
+# What `revnet export` writes to; some 235 MB, so only where its tests are to run too.
+$(VENV)/ready-trackers: $(VENV)/ready
+	$(PIP) --editable '.[mlflow,wandb,tensorboard]'
+	touch $@
+
 $(VENV)/ready-dev: $(VENV)/ready-test
 	$(PIP) --editable '.[dev]'
 	touch $@

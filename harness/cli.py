@@ -266,6 +266,21 @@ def pack(run: RunArgument) -> None:
 
 
 @app.command()
+def export(
+    run: RunArgument,
+    mlflow: Annotated[str | None, typer.Option(help="A tracking URI, or a directory.", metavar="URI")] = None,
+    wandb: Annotated[str | None, typer.Option(help="A directory for offline runs.", metavar="DIR")] = None,
+    tensorboard: Annotated[str | None, typer.Option(help="A directory for event files.", metavar="DIR")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the experiment or project; RUN's if not given.")] = None,
+) -> None:
+    """Hand the records of a run, finished or not, to MLflow, Weights & Biases or TensorBoard; again, what is new."""
+    from reports.exporters import export_run
+
+    for line in export_run(_open_run(run), mlflow=mlflow, wandb=wandb, tensorboard=tensorboard, name=name):
+        say(line)
+
+
+@app.command()
 def compare(
     base: Annotated[str, typer.Argument(help="The run that it is compared with.", metavar="BASE")],
     run: RunArgument,
