@@ -15,8 +15,8 @@ from reports.predictions import COMPARED, compared, prediction_name
 
 # What two trials have in common of which one may be better; networks and precisions are what is chosen between.
 _CHOICE = ("depth", "data.name", "data.image_size", "batch_size", "zero_stage", "workers")
-# Of more trials than these, bars and arrows would cover the points.
-BARS, ARROWS = 500, 200
+# Of more than these, bars, arrows and lines would cover the points.
+BARS, ARROWS, LINES = 500, 200, 1000
 
 
 def time_against_memory(frame: pd.DataFrame) -> go.Figure | None:
@@ -31,19 +31,15 @@ def time_against_memory(frame: pd.DataFrame) -> go.Figure | None:
     x, y = usable["activation_peak_bytes"] / MIB, usable["step_median_s"] * 1e3
     figure = go.Figure()
     pairs = from_stored(usable)
+    if len(pairs) > LINES:
+        pairs = []
     figure.add_scatter(
         x=[value for start, end in pairs for value in (x[start], x[end], None)],
         y=[value for start, end in pairs for value in (y[start], y[end], None)],
-        mode="lines+markers",
-        marker={
-            "symbol": "arrow",
-            "angleref": "previous",
-            "size": [0, 9, 0] * len(pairs),
-            "standoff": 6,
-            "color": "#999",
-        }
+        mode="lines+markers" if len(pairs) <= ARROWS else "lines",
+        marker={"symbol": "arrow", "angleref": "previous", "size": [0, 9, 0] * len(pairs), "standoff": 6}
         if len(pairs) <= ARROWS
-        else {"size": 0.1},
+        else None,
         line={"color": "#bbb", "width": 1},
         hoverinfo="skip",
         showlegend=False,

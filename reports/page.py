@@ -86,9 +86,10 @@ def _figures(sections: list[Section]) -> dict[str, Any]:
 def _plain(figure: go.Figure) -> dict[str, Any]:
     """The figure as plotly.js reads it; its traces' `meta` stay, by which the page filters them."""
     plain = _listed(figure.to_plotly_json())
-    drawn = [trace for trace in plain["data"] if trace.get("type") == "scatter" and "points" in trace.get("meta", {})]
-    if sum(len(trace["meta"]["points"]) for trace in drawn) > MANY_POINTS:
-        for trace in drawn:
+    drawn = [trace for trace in plain["data"] if trace.get("type") == "scatter"]
+    shown = [trace for trace in drawn if {"points", "segments"} & trace.get("meta", {}).keys()]
+    if sum(len(trace["x"]) for trace in shown) > MANY_POINTS:
+        for trace in shown:
             trace["type"] = "scattergl"
     return plain
 

@@ -12,6 +12,7 @@ from reports.frames import trace_frames
 from reports.memory_figures import memory_against
 
 PEAK, SAVED = "activation_peak_bytes", "activation_saved_bytes"
+ARROWS = "A thin line leads from the stored trial to the others of the same network and batch. "
 NOTHING = "Not drawn: no finished trial has these figures."
 
 
@@ -105,17 +106,15 @@ def _memory(frame: pd.DataFrame) -> Section:
 def _time(frame: pd.DataFrame) -> Section:
     bars = verdict.bars_sentence(frame)
     few = len(frame) <= figures.BARS
-    view = _view(
-        "time", "", lambda: figures.time_against_memory(frame), lambda: verdict.time_sentences(frame)
-    )  # fmt: skip
+    view = _view("time", "", lambda: figures.time_against_memory(frame), lambda: verdict.time_sentences(frame))
     return Section(
         "time",
         "Time against memory",
         [view],
         "Step time: forward, backward and optimizer, from idle device to idle device, warm-up thrown away; median. "
         + (f"Bars: {bars}. " if bars and few else "")
-        + "A thin line leads from the stored trial to the others of the same network and batch. A ring: no other trial "
-        "of the same depth and batch takes less time without more memory.",
+        + (ARROWS if len(frame) <= figures.LINES else "")
+        + "A ring: no other trial of the same depth and batch takes less time without more memory.",
     )
 
 

@@ -166,7 +166,15 @@ const makeFigures = (figures, filter) => {
           select.closest(".view").dataset.anchor = first.value;
         }
       }
-      return Promise.all(views.filter((view) => states.get(view).near).map(draw));
+      // What is in sight at once, by a third at least; what is near it, after that.
+      const near = views.filter((view) => states.get(view).near);
+      const isSeen = (view) => {
+        const { top, bottom, height } = states.get(view).plot.getBoundingClientRect();
+        return 3 * (Math.min(bottom, innerHeight) - Math.max(top, 0)) > height;
+      };
+      return Promise.all(near.filter(isSeen).map(draw)).then(() => {
+        setTimeout(() => near.forEach(draw), 0);
+      });
     },
     /** For print: all of it, whatever is in sight. */
     drawAll: async () => {
