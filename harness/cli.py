@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from harness.cli_results import RunArgument, compare, export, open_run, report, write_report
 from harness.errors import HarnessError
 from harness.plain_text import say
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from harness.store import RunStore
     from harness.study import Study, StudyResources
     from harness.trials import TrialSpec
-    from reports.compare import Comparison
 
 DONE, FAILED, BAD_INPUT, INCOMPLETE = 0, 1, 2, 4
 
@@ -45,8 +45,6 @@ app = typer.Typer(
 StudyArgument = Annotated[str, typer.Argument(help="A study file, or the name of a shipped study.", metavar="STUDY")]
 OutOption = Annotated[str | None, typer.Option(help="The run directory or fsspec URI; runs/NAME if not given.")]
 MemoryOption = Annotated[str | None, typer.Option(help="Of a rank's device, e.g. 80GiB.", metavar="SIZE")]
-FailOption = Annotated[list[str] | None, typer.Option(help="E.g. step_median_s:+5%; again for more.", metavar="LIMIT")]
-RunArgument = Annotated[str, typer.Argument(help="A run directory (or any fsspec URI).", metavar="RUN")]
 
 
 @app.command()
@@ -112,7 +110,7 @@ def plan(
     if cluster is not None:
         from harness.cluster.plan import plan_on
 
-        plan_on(cluster, trials, store, [_open_run(run) for run in earlier or ()], beside)
+        plan_on(cluster, trials, store, [open_run(run) for run in earlier or ()], beside)
         return
 
     def chosen(trial: "TrialSpec") -> Device:
@@ -156,7 +154,7 @@ def run(
         def run_pending(pending: "list[TrialSpec]", store: "RunStore", resources: "StudyResources") -> bool:
             return run_selected(pending, len(pending), store, resources, address, [])
 
-        found = find_largest(asked, run_pending, _write_report)
+        found = find_largest(asked, run_pending, write_report)
         raise typer.Exit({"interrupted": INCOMPLETE, "open": FAILED, "answered": DONE}[found])
     of_a_search = {"--memory": memory, "--headroom": headroom, "--at-most": at_most}
     _refuse(of_a_search, "it belongs to --find. Give both; the memory of a study's trials is its resources.memory.")
@@ -198,28 +196,8 @@ def run(
         say(f"{left} trials not run yet. Run them with: {_again(study, out)}")
     for trial in selected if exports else ():
         say("\n".join(what_was_exported(store, trial.id, exports)))
-    say(f"report: {_write_report(store)}")
+    say(f"report: {write_report(store)}")
     raise typer.Exit(INCOMPLETE if interrupted else FAILED if broken else DONE)
-
-
-@app.command()
-def report(
-    run: RunArgument,
-    png: Annotated[
-        str | None, typer.Option(help="Each figure as a PNG file too, for a paper; needs a browser.", metavar="DIR")
-    ] = None,
-) -> None:
-    """Write report.html of a run, finished or not."""
-    store = _open_run(run)
-    if png is None:
-        say(_write_report(store))
-        return
-    from reports.pictures import find_browser, report_figures, write_pictures
-
-    browser = find_browser()
-    say(_write_report(store))
-    written = write_pictures(report_figures(store), Path(png), browser)
-    say("\n".join(map(str, written)) or f"no pictures: {run} has no figure yet.")
 
 
 @app.command()
@@ -227,7 +205,7 @@ def status(run: RunArgument) -> None:
     """How many trials of a run stand how, and which are at work where; from its directory alone."""
     from harness.status import describe
 
-    for line in describe(_open_run(run)):
+    for line in describe(open_run(run)):
         say(line)
 
 
@@ -238,7 +216,7 @@ def logs(
     """Print what a trial has printed, of one that is at work as of some seconds ago."""
     from harness.status import trial_with
 
-    store = _open_run(run)
+    store = open_run(run)
     trial_id = trial_with(store, trial)
     log = store.read_log(trial_id)
     if log is None:
@@ -249,7 +227,7 @@ def logs(
 @app.command()
 def stop(run: RunArgument) -> None:
     """Ask whoever runs the trials to stop: those at work are given back, what is finished is kept."""
-    store = _open_run(run)
+    store = open_run(run)
     store.ask_to_stop()
     say(f"asked; drivers see it within seconds. Go on with the `revnet run` that began it; {store.uri} is kept.")
 
@@ -259,54 +237,14 @@ def pack(run: RunArgument) -> None:
     """Put the finished trials of a run into one Parquet file, in place of three small files each."""
     from harness.pack import pack as pack_trials
 
-    store = _open_run(run)
+    store = open_run(run)
     done = pack_trials(store)
     where = f"{store.uri}/packs/{done.name}" if done.name else "no pack"
     say(f"{done.trials} trials in {where}; {done.removed} files replaced.")
 
 
-@app.command()
-def export(
-    run: RunArgument,
-    mlflow: Annotated[str | None, typer.Option(help="A tracking URI, or a directory.", metavar="URI")] = None,
-    wandb: Annotated[str | None, typer.Option(help="A directory for offline runs.", metavar="DIR")] = None,
-    tensorboard: Annotated[str | None, typer.Option(help="A directory for event files.", metavar="DIR")] = None,
-    name: Annotated[str | None, typer.Option(help="Of the experiment or project; RUN's if not given.")] = None,
-) -> None:
-    """Hand the records of a run, finished or not, to MLflow, Weights & Biases or TensorBoard; again, what is new."""
-    from reports.exporters import export_run
-
-    for line in export_run(_open_run(run), mlflow=mlflow, wandb=wandb, tensorboard=tensorboard, name=name):
-        say(line)
-
-
-@app.command()
-def compare(
-    base: Annotated[str, typer.Argument(help="The run that it is compared with.", metavar="BASE")],
-    run: RunArgument,
-    fail: FailOption = None,
-    markdown: Annotated[str | None, typer.Option(help="For a pull request; - is stdout.", metavar="FILE")] = None,
-    json: Annotated[str | None, typer.Option(help="As data; - is stdout.", metavar="FILE")] = None,
-    html: Annotated[str | None, typer.Option(help="A page to look at; - is stdout.", metavar="FILE")] = None,
-) -> None:
-    """Compare memory, time, drift and statuses of the trials that two runs have in common, finished or not."""
-    from reports.compare import compare_sides, read_side
-    from reports.compare_markdown import as_markdown
-    from reports.compare_view import as_json, as_text
-    from reports.limits import parse_limit
-
-    targets = {"--markdown": markdown, "--json": json, "--html": html}
-    if len(to_stdout := [option for option, target in targets.items() if target == "-"]) > 1:
-        raise HarnessError(f"{' -, '.join(to_stdout)} -: stdout takes one of them. Give a file for the others.")
-    limits = [parse_limit(text) for text in fail or ()]
-    comparison = compare_sides(read_side(_open_run(base)), read_side(_open_run(run)), limits)
-    if not to_stdout:
-        say(as_text(comparison), nl=False)
-    for option, view in (("--markdown", as_markdown), ("--json", as_json), ("--html", _as_page)):
-        target = targets[option]
-        if target is not None:
-            _write_to(option, target, view(comparison))
-    raise typer.Exit(comparison.exit_code)
+for command in (report, export, compare):
+    app.command()(command)
 
 
 def _refuse(options: dict[str, object], why: str) -> None:
@@ -340,38 +278,6 @@ def _default_out(study: "Study") -> str:
 
 def _again(study: str, out: str | None) -> str:
     return f"revnet run {study}" + (f" --out {out}" if out else "")
-
-
-def _open_run(run: str) -> "RunStore":
-    from harness.store import existing_run
-
-    return existing_run(run)
-
-
-def _write_to(option: str, target: str, text: str) -> None:
-    if target == "-":
-        say(text, nl=False)
-        return
-    try:
-        # What is no character, as half of a pair, is said so and does not keep the rest from being written.
-        Path(target).write_text(text, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise HarnessError(f"{option} {target}: cannot be written ({error.strerror}). Give another file.") from None
-
-
-def _as_page(comparison: "Comparison") -> str:
-    # Plotly takes a second to import.
-    from reports.compare_page import as_html
-
-    return as_html(comparison)
-
-
-def _write_report(store: "RunStore") -> str:
-    from reports.frames import laws, trials_frame
-    from reports.page import build_report
-
-    store.write_laws(laws(trials_frame(store)).to_csv(index=False))
-    return store.write_report(build_report(store))
 
 
 def main() -> None:

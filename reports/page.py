@@ -32,8 +32,9 @@ SCRIPTS = ("data.js", "filter.js", "figures.js", "table.js", "report.js")
 MANY_POINTS = 2000
 
 
-def build_report(store: RunStore) -> str:
-    """The report of a run, finished or not, as one HTML page. Raises RecordError for an unreadable record."""
+def build_report(store: RunStore, refresh_s: int | None = None) -> str:
+    """The report of a run, finished or not, as one HTML page, which a browser reads again every `refresh_s` seconds, if
+    given. Raises RecordError for an unreadable record."""
     records = store.read_records()
     frame = frame_of(records)
     missing = missing_ids(store)
@@ -46,6 +47,7 @@ def build_report(store: RunStore) -> str:
     )
     return environment.get_template("report.html.jinja").render(
         name=study.get("name") or "trials",
+        refresh_s=refresh_s,
         question=study.get("question"),
         prediction=study.get("predict"),
         status=verdict.status_sentence(frame, len(missing)),
