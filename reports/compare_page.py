@@ -152,4 +152,6 @@ def _figure_html(figure: go.Figure) -> Markup:
     }
     drawn = figure.to_html(full_html=False, include_plotlyjs=False, div_id="figure-changes", config=config)
     label = figure.layout["meta"]["description"]
-    return Markup('<div class="figure" role="img" aria-label="{}" tabindex="0">{}</div>').format(label, Markup(drawn))
+    return Markup('<div class="figure" role="figure" aria-label="{}" tabindex="0">{}</div>').format(
+        label, Markup(drawn)
+    )

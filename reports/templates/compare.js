@@ -15,6 +15,7 @@
     if (narrow.matches) place(false);
   }
 
+  document.documentElement.dataset.ready = "true";
   const table = document.getElementById("table");
   if (!table) return;
   const body = table.tBodies[0];

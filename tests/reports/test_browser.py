@@ -11,9 +11,10 @@ from axe_playwright_python.sync_playwright import Axe
 
 from harness.record import Record, TraceRow
 from harness.store import RunStore
+from reports.compare_page import as_html
 from reports.page import build_report
 from tests.reports.browser import Opened, browser_page, needs_browser
-from tests.reports.conftest import STUDY, drift_rows, predicted, sweep_of_trials, trial
+from tests.reports.conftest import STUDY, Compare, drift_rows, predicted, repeats, scaled, sweep_of_trials, trial
 
 pytestmark = needs_browser
 VIEWS = ("peak", "saved", "peak-batch", "saved-batch", "time", "predicted", "drift", "angle")
@@ -178,13 +179,26 @@ def test_each_control_is_reached_by_keyboard_and_works_by_it(opened: Opened) -> 
 def test_axe_finds_no_serious_fault(opened: Opened, scheme: Any) -> None:
     opened.page.emulate_media(color_scheme=scheme)
     opened.walk()
+    assert serious_faults(opened) == {}
+
+
+def serious_faults(opened: Opened) -> dict[str, list[str]]:
     found = Axe().run(opened.page).response["violations"]
-    serious = {
-        fault["id"]: [node["html"][:90] for node in fault["nodes"]][:4]
-        for fault in found
-        if fault["impact"] in ("serious", "critical")
-    }
-    assert serious == {}
+    serious = [fault for fault in found if fault["impact"] in ("serious", "critical")]
+    return {fault["id"]: [node["html"][:90] for node in fault["nodes"]][:4] for fault in serious}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_none_in_a_comparison_either(session: Opened, compared: Compare, scheme: Any, tmp_path: Path) -> None:
+    base = repeats(depth=14) + repeats(depth=26)
+    page = tmp_path / "changes.html"
+    run = [scaled(record, activation_peak_bytes=1.1) for record in base]
+    page.write_text(as_html(compared(base, run, "activation_peak_bytes:+2%")))
+    session.complaints.clear()
+    session.page.emulate_media(media="screen", color_scheme=scheme)
+    session.open(page)
+    assert serious_faults(session) == {}
+    assert session.complaints == []
 
 
 def test_axe_finds_a_fault_that_is_planted(opened: Opened) -> None:

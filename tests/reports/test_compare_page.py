@@ -247,7 +247,7 @@ def test_the_figure_has_a_finding_a_label_and_marks_that_differ_by_more_than_col
         "24 pairs of figures in 24 cells: 6 worse, 6 better, 6 allowed, 6 equal; the largest"
     )
     assert finding(drawn) in page.text
-    (label,) = [given["aria-label"] for tag, given in page.tags if tag == "div" and given.get("role") == "img"]
+    (label,) = [given["aria-label"] for tag, given in page.tags if tag == "div" and given.get("role") == "figure"]
     assert label == f"Change in percent, a line a cell, of {PEAK}; with intervals and limits"
     regions = [given for _, given in page.tags if given.get("class") in ("scroll", "figure")]
     assert len(regions) >= 4
