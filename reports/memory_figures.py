@@ -25,7 +25,7 @@ class _Against(NamedTuple):
 
 _AXES: dict[Axis, _Against] = {
     "depth": _Against("depth", "batch_size", "depth (layers)", "batch", "block"),
-    "batch_size": _Against("batch_size", "depth", "batch size (samples per rank)", "depth", "sample"),
+    "batch_size": _Against("batch_size", "depth", "batch size (per rank)", "depth", "sample"),
 }
 
 

@@ -103,4 +103,4 @@ def at_depth(depth: float) -> str:
 
 def _largest(rows: pd.DataFrame, metric: str) -> str:
     value = rows[metric].max() if metric in rows else math.nan
-    return "" if math.isnan(value) else "0" if value == 0 else f"{value:.1e}"
+    return "" if math.isnan(value) else "0" if value == 0 else f"{value:.2g}"

@@ -34,9 +34,13 @@ def growth_sentences(frame: pd.DataFrame, metric: str, label: str) -> list[str]:
         sentence = f"{model}, batch {first['batch_size']}: the {label} per block: {parts}."
         if len(rows) > 1 and first["slope_bytes"] > 0 and last["slope_bytes"] > 0:
             percent = 100 * last["slope_bytes"] / first["slope_bytes"]
-            sentence += f" The last is {f'{percent:.2g}' if percent >= 0.1 else 'less than 0.1'} % of the first."
+            sentence += f" The last is {_share(percent)} % of the first."
         sentences.append(sentence)
     return sentences
+
+
+def _share(percent: float) -> str:
+    return "less than 0.1" if percent < 0.1 else f"{percent:.2g}" if percent < 10 else f"{percent:.0f}"
 
 
 def batch_sentences(frame: pd.DataFrame, metric: str, label: str) -> list[str]:
@@ -130,15 +134,15 @@ def drift_sentences(frame: pd.DataFrame) -> list[str]:
         if math.isnan(drift):
             continue
         name = f"compute {compute}, reconstruction {reconstruction}"
-        exact = "0: every rebuilt input equals the original bit for bit" if drift == 0 else f"at most {drift:.1e}"
+        exact = "0: every rebuilt input equals the original bit for bit" if drift == 0 else f"at most {drift:.2g}"
         sentence = f"{name}: the relative drift is {exact}"
         angle = rows.get("gradient_angle_deg", pd.Series(dtype=float)).max()
         floor = rows.get("stored_reference_angle_deg", pd.Series(dtype=float)).max()
         if not math.isnan(angle):
-            sentence += f"; gradients are {'0' if angle == 0 else f'at most {angle:.1e}'} degrees from the stored ones"
+            sentence += f"; gradients are {'0' if angle == 0 else f'at most {angle:.2g}'} degrees from the stored ones"
         if not math.isnan(floor):
             grid = ", rounding to the grid included" if reconstruction == "exact" else ""
-            sentence += f", which are themselves up to {floor:.1e} degrees from float64{grid}"
+            sentence += f", which are themselves up to {floor:.2g} degrees from float64{grid}"
         sentences.append(sentence + ".")
     return sentences
 
@@ -152,7 +156,7 @@ def guard_sentences(frame: pd.DataFrame) -> list[str]:
         checks = int(rows["guard_checks"].sum())
         compared = "1 rebuilt input" if checks == 1 else f"{checks} rebuilt inputs"
         largest = rows["guard_rel_max"].max() if rows["guard_rel_max"].notna().all() else math.nan
-        error = "an error that is not finite" if math.isnan(largest) else f"a relative error of at most {largest:.1e}"
+        error = "an error that is not finite" if math.isnan(largest) else f"a relative error of at most {largest:.2g}"
         sentence = f"{strategy}: in training a guard compared {compared} and found {error}"
         if stopped := int((rows["status"] == "diverged").sum()):
             sentence += f"; {stopped} of {len(rows)} trials diverged"

@@ -88,6 +88,10 @@ const besides = (view, figures) => {
   return { yaxis: { ...own.yaxis, range: [0, Math.max(...tops)] }, width: undefined };
 };
 
+// Of more rows nobody reads on; and on paper they would be a book.
+const LISTED = 300;
+const PAPER_PX = 700;
+
 /** Draws a view when it comes into sight, and anew when the filter changed since. */
 const makeFigures = (figures, filter) => {
   const views = [...document.querySelectorAll(".view[data-anchor]")].filter((view) => figures[view.dataset.anchor]);
@@ -113,8 +117,10 @@ const makeFigures = (figures, filter) => {
     const state = states.get(view);
     const { heads, rows } = rowsOf(figures[view.dataset.anchor], state.data ?? figures[view.dataset.anchor].data);
     const shown = (value) => (typeof value === "number" ? Number(value.toPrecision(6)) : escaped(value ?? ""));
-    state.table.innerHTML = `<thead><tr>${heads.map((head) => `<th scope="col">${escaped(head)}</th>`).join("")}</tr></thead>`
-      + `<tbody>${rows.map((row) => `<tr>${row.map((value) =>
+    const left = rows.length - LISTED;
+    const note = left > 0 ? `<caption>The first ${LISTED} of ${rows.length} rows; the CSV has all.</caption>` : "";
+    state.table.innerHTML = `${note}<thead><tr>${heads.map((head) => `<th scope="col">${escaped(head)}</th>`).join("")}</tr></thead>`
+      + `<tbody>${rows.slice(0, LISTED).map((row) => `<tr>${row.map((value) =>
         `<td${typeof value === "number" ? ' class="number"' : ""}>${shown(value)}</td>`).join("")}</tr>`).join("")}</tbody>`;
   };
   const watcher = new IntersectionObserver((entries) => {
@@ -182,6 +188,7 @@ const makeFigures = (figures, filter) => {
         const wasHidden = view.hidden;
         view.hidden = false;
         await draw(view);
+        await Plotly.relayout(states.get(view).plot, { autosize: false, width: PAPER_PX });
         view.querySelector(".behind").open = true;
         list(view);
         view.dataset.wasHidden = String(wasHidden);
@@ -191,6 +198,7 @@ const makeFigures = (figures, filter) => {
       for (const view of views) {
         view.hidden = view.dataset.wasHidden === "true";
         view.querySelector(".behind").open = false;
+        Plotly.relayout(states.get(view).plot, { autosize: true, width: null });
       }
     },
   };

@@ -158,7 +158,7 @@ def test_what_guards_found_is_said_by_strategy_and_nothing_where_there_was_none(
         "revnet · reconstructed · guard every 50: in training a guard compared 1 rebuilt input and found an error that "
         "is not finite; 1 of 1 trials diverged.",
         "revnet · reconstructed · guard every 50 · guard stores: in training a guard compared 6 rebuilt inputs and "
-        "found a relative error of at most 2.5e-01; 1 of 2 trials stored activations after step 51.",
+        "found a relative error of at most 0.25; 1 of 2 trials stored activations after step 51.",
     ]
     assert sentences[1] in build_report(store)
     assert guard_sentences(trials_frame(make_run([trial(0)], name="plain"))) == []
