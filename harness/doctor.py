@@ -15,7 +15,7 @@ from harness.versions import installed
 if TYPE_CHECKING:
     from harness.schedule.checkup import Node
 
-NEEDED = ("torch", "deepspeed", "ray", "pandas", "pyarrow", "plotly", "pydantic", "fsspec")
+NEEDED = ("torch", "deepspeed", "ray", "pandas", "pyarrow", "plotly", "itables", "pydantic", "fsspec")
 BROWSERS = ("chromium", "google-chrome", "chrome", "chromium-browser")
 TRIAL_TIMEOUT_S = 120
 

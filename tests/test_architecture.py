@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("revnet_core", "harness", "reports", "studies", "tests")
+STUDIES_IMPORT = ("torch", "rich", "typer", "playwright", "revnet_core", "harness", "studies")
 # Each library's importers: files whose path begins so.
 OWN_ADAPTER = {"ray": "harness/schedule/", "deepspeed": "harness/engine.py"}
 # They stand on top, and alone in harness may import reports: the command, in two files, and the run in a notebook.
@@ -43,7 +44,7 @@ def _allowed(file: str, room: str, module: str) -> bool:
     if room == "revnet_core":
         return top in ("torch", "revnet_core")
     if room == "studies":
-        return top in ("torch", "rich", "typer", "revnet_core", "harness", "studies") and not _is_on_top(module)
+        return top in STUDIES_IMPORT and not _is_on_top(module)
     if top in ("studies", "tests"):
         return False
     if top in OWN_ADAPTER:

@@ -18,6 +18,7 @@ from harness.record import Attempt, Record, TraceRow
 from harness.store import RunStore
 from harness.trials import TrialSpec
 from tests.harness.conftest import Command
+from tests.reports.packed import packed_in
 
 TRIALS = [TrialSpec(model="revnet", depth=14, seed=seed) for seed in range(4)]
 ATTEMPT = Attempt(status="ok", started_at="2026-01-01T00:00:00+00:00", wall_s=1, node="here")
@@ -145,7 +146,7 @@ def test_a_sweep_finds_what_is_packed_done_and_a_report_is_built_of_it(tmp_path:
     assert revnet_here("logs", "runs/small", ids[0]).stdout == "log �"
     assert revnet_here("report", "runs/small").returncode == 0
     html = (tmp_path / "runs" / "small" / "report.html").read_text()
-    assert all(trial_id in html for trial_id in ids)
+    assert sorted(packed_in(html)["columns"]["ids"]) == ids
 
 
 def test_pandas_opens_it_with_a_column_for_each_figure(store: RunStore) -> None:

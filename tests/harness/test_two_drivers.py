@@ -17,11 +17,11 @@ from tests.harness.conftest import Command, environment
 STUDY = """\
 name: shared
 question: Does each trial run once?
-grid: {seed: [0, 1, 2, 3, 4]}
+grid: {seed: [0, 1, 2, 3]}
 model: "faulty_models:fine"
 fixed: {depth: null, activations: stored, batch_size: 4, warmup_steps: 0, measured_steps: 1, audit_batch_size: 0}
 """
-TRIALS = 5
+TRIALS = 4
 ID = "0123456789ab"
 
 

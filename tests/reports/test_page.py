@@ -1,10 +1,6 @@
 """The page: it answers with numbers, hides nothing, loads nothing, and runs nothing that a record says."""
 
-import base64
-import gzip
-import json
 import re
-from typing import Any
 
 import pytest
 
@@ -13,18 +9,13 @@ from reports.frames import trials_frame
 from reports.page import build_report
 from reports.verdict import guard_sentences
 from tests.reports.conftest import Make, predicted, trial, with_metrics
+from tests.reports.packed import packed_in
 
 
 def own_html(html: str) -> str:
     """The page without plotly.js, which mentions many addresses that it never loads."""
     start = html.index("<script>")
     return html[:start] + html[html.index("</script>", start) :]
-
-
-def packed_in(html: str) -> dict[str, Any]:
-    """What the page unpacks: columns and figures."""
-    [data] = re.findall(r'<script id="data" type="text/plain">([^<]*)</script>', html)
-    return json.loads(gzip.decompress(base64.b64decode(data)))
 
 
 def test_the_verdict_answers_with_numbers(make_run: Make, sweep: list[Record]) -> None:
