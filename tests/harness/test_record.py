@@ -37,3 +37,14 @@ def test_what_is_not_measured_has_a_reason_and_no_zero() -> None:
     metrics, unmeasured = as_metrics(values, {"a": "unused", "d": "no such thing"})
     assert metrics == {"a": 1.0}
     assert unmeasured == {"b": "not measured", "c": "the value is inf", "d": "no such thing"}
+
+
+def test_half_a_character_is_read_as_a_sign_that_stands_for_it_and_a_whole_one_as_it_is(record: Record) -> None:
+    """As an error has it that names a file whose name is no text."""
+    odd = record.model_copy(update={"reason": "no \udc80 file \U0001f600", "git": {"commit": "\ud83d", "dirty": False}})
+    assert "\\udc80" in odd.to_json()
+    read = Record.from_json(odd.to_json(), source="here")
+    assert read.reason == "no \ufffd file \U0001f600"
+    assert read.git == {"commit": "\ufffd", "dirty": False}
+    whole = record.model_copy(update={"reason": "\U0001f600"})
+    assert Record.from_json(whole.to_json(), source="here").reason == "\U0001f600"

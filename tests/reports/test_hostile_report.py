@@ -50,6 +50,12 @@ def test_each_text_is_escaped_wherever_it_stands(make_run: Make) -> None:
     assert html.count("&lt;img src=x onerror=") >= 5
 
 
+def test_half_a_character_keeps_no_report_from_being_written(make_run: Make) -> None:
+    odd = trial(1, status="failed", reason="no \udc80 file").model_copy(update={"machine": {"device_name": "\ud83d"}})
+    store = make_run([odd, trial(2, seed=2)])
+    assert "no \ufffd file" in Path(store.write_report(build_report(store))).read_text()
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on this machine")
 def test_nothing_of_it_runs_in_a_browser(make_run: Make, tmp_path: Path) -> None:
     store = evil_run(make_run)
