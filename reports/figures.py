@@ -74,13 +74,17 @@ def time_against_memory(frame: pd.DataFrame) -> go.Figure | None:
             mode="markers",
             name=strategy,
             marker=marked(color, marker),
-            text=[f"depth {row.depth}, batch {row.batch_size}" for row in rows.itertuples()],
+            text=[_cell_name(depth, batch) for depth, batch in zip(rows["depth"], rows["batch_size"], strict=True)],
             hovertemplate="%{text}<br>%{x:.1f} MiB, %{y:.0f} ms<extra>%{fullData.name}</extra>",
             meta=each(rows),
         )
     figure.update_xaxes(title_text="activation peak (MiB)", rangemode="tozero")
     figure.update_yaxes(title_text="step time, median (ms)", rangemode="tozero")
     return dressed(figure, "Median step time in ms against activation peak in MiB, by strategy")
+
+
+def _cell_name(depth: float, batch: float) -> str:
+    return f"batch {batch:g}" if math.isnan(depth) else f"depth {depth:g}, batch {batch:g}"
 
 
 def pareto_front(rows: pd.DataFrame) -> list[int]:
@@ -139,7 +143,7 @@ def angle_against_depth(frame: pd.DataFrame) -> go.Figure | None:
                 name=strategy if name == angle else f"{strategy}: stored against float64",
                 marker=marked(color, marker),
                 hovertemplate="%{customdata:.3g} degrees at depth %{x}<extra>%{fullData.name}</extra>",
-                meta=points(groups.groups.values()),
+                meta=points(groups.groups.values()) | ({"kind": "floor"} if name == floor else {}),
                 **look,
             )
     powers = range(round(math.log10(zero)) + 1, 3)
@@ -158,6 +162,7 @@ def predicted_against_measured(frame: pd.DataFrame) -> go.Figure | None:
     if not tables:
         return None
     titles = [COMPARED[metric] for metric in tables]
+    named: set[str] = set()
     figure = make_subplots(cols=len(tables), horizontal_spacing=0.08, subplot_titles=titles)
     for column, (metric, rows) in enumerate(tables.items(), start=1):
         measured_mib, predicted_mib = rows[metric] / MIB, rows[prediction_name(metric)] / MIB
@@ -176,7 +181,7 @@ def predicted_against_measured(frame: pd.DataFrame) -> go.Figure | None:
                 mode="markers",
                 name=strategy,
                 legendgroup=strategy,
-                showlegend=column == 1,
+                showlegend=strategy not in named,
                 marker=marked(color, marker),
                 meta=each(rows[own]),
                 text=[
@@ -187,6 +192,7 @@ def predicted_against_measured(frame: pd.DataFrame) -> go.Figure | None:
                 row=1,
                 col=column,
             )
+            named.add(strategy)
         figure.update_xaxes(title_text="measured (MiB)", rangemode="tozero", row=1, col=column)
         figure.update_yaxes(title_text="predicted (MiB)", rangemode="tozero", row=1, col=column)
     description = f"Predicted against measured MiB of {' and '.join(titles)}, by strategy"

@@ -50,13 +50,15 @@ def memory_against(frame: pd.DataFrame, metric: str, label: str, axis: Axis = "d
     figure = make_subplots(cols=len(others), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=titles)
     top_mib = frame[metric].max() / MIB
     limits = limits_mib(frame)
+    named: set[str] = set()
     for column, value in enumerate(others, start=1):
         for strategy, style in strategy_styles(frame).items():
             cell = frame[(frame["strategy"] == strategy) & (frame[against.other] == value)]
             where: dict[str, Any] = {"row": 1, "col": column, "legendgroup": strategy}
             measured = cell[cell["status"] == "ok"].dropna(subset=[metric])
             if len(measured):
-                _add_points(figure, measured, metric, label, axis, style, strategy, column == 1, where)
+                _add_points(figure, measured, metric, label, axis, style, strategy, strategy not in named, where)
+                named.add(strategy)
                 _add_line(figure, measured, metric, against, style, strategy, where)
             _add_prediction(figure, cell, metric, axis, style, strategy, where)
             _add_out_of_memory(figure, cell[cell["status"] == "oom"], limits, top_mib, axis, style, strategy, where)
@@ -146,7 +148,7 @@ def _add_line(
         line={"color": style[0], "width": 1.5},
         showlegend=False,
         hovertemplate=f"{slope / MIB:.3f} MiB per {against.per}<extra>{strategy}</extra>",
-        meta={"all": [int(row) for row in rows.index]},
+        meta={"all": [int(row) for row in rows.index], "kind": "fitted"},
         **where,
     )
 
@@ -172,7 +174,7 @@ def _add_prediction(
         line={"color": style[0], "width": 1, "dash": "dash"},
         showlegend=False,
         hovertemplate=f"%{{x}}: %{{y:.2f}} MiB predicted<extra>{strategy}</extra>",
-        meta=points(groups.groups.values()),
+        meta=points(groups.groups.values()) | {"kind": "predicted"},
         **where,
     )
 

@@ -26,6 +26,7 @@ def angle_over_training(frame: pd.DataFrame, followed: pd.DataFrame) -> go.Figur
     zero = 10.0 ** (math.floor(math.log10(positive.min())) - 1) if len(positive) else 1e-16
     kinds = [kind for kind in KINDS if kind in set(rows["kind"])]
     titles = [KINDS[kind] for kind in kinds]
+    named: set[str] = set()
     places = dict(zip(frame["id"], frame.index, strict=True))
     figure = make_subplots(cols=len(kinds), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=titles)
     for column, kind in enumerate(kinds, start=1):
@@ -43,7 +44,7 @@ def angle_over_training(frame: pd.DataFrame, followed: pd.DataFrame) -> go.Figur
                     mode="lines+markers" if name == ANGLE else "lines",
                     name=label,
                     legendgroup=label,
-                    showlegend=column == 1,
+                    showlegend=label not in named,
                     marker={"color": color, "symbol": marker, "size": 8, "line": {"width": 1, "color": "#333"}},
                     line={"color": color, "dash": line, "width": 2 if name == ANGLE else 1},
                     meta={"all": sorted({places[trial_id] for trial_id in own["id"]})},
@@ -51,6 +52,7 @@ def angle_over_training(frame: pd.DataFrame, followed: pd.DataFrame) -> go.Figur
                     row=1,
                     col=column,
                 )
+                named.add(label)
         figure.update_xaxes(title_text="steps trained", row=1, col=column)
     powers = range(round(math.log10(zero)) + 1, 3)
     ticks = {zero: "0"} | {10.0**power: f"1e{power}" if power else "1" for power in powers}

@@ -32,7 +32,8 @@ def growth_sentences(frame: pd.DataFrame, metric: str, label: str) -> list[str]:
         first, last = rows.iloc[0], rows.iloc[-1]
         parts = ", ".join(f"{slope_text(row)} with {without_model(row['strategy'])}" for _, row in rows.iterrows())
         sentence = f"{model}, batch {first['batch_size']}: the {label} per block: {parts}."
-        if len(rows) > 1 and first["slope_bytes"] > 0 and last["slope_bytes"] > 0:
+        from_stored = "stored" in without_model(str(first["strategy"])).split(" · ")
+        if len(rows) > 1 and from_stored and first["slope_bytes"] > 0 and last["slope_bytes"] > 0:
             percent = 100 * last["slope_bytes"] / first["slope_bytes"]
             sentence += f" The last is {_share(percent)} % of the first."
         sentences.append(sentence)
@@ -124,16 +125,18 @@ def bars_sentence(frame: pd.DataFrame) -> str:
 
 
 def drift_sentences(frame: pd.DataFrame) -> list[str]:
-    """The largest drift and gradient angle of reconstructed activations, by precision, beside the floor."""
+    """The largest drift and gradient angle of reconstructed activations, by strategy, beside the floor."""
     sentences = []
     rebuilt = frame[(frame["status"] == "ok") & (frame["activations"] == "reconstructed")]
     if "drift_max_rel" not in rebuilt:
         return []
-    for (compute, reconstruction), rows in rebuilt.groupby(["compute", "reconstruction"], sort=False):
+    for (strategy, compute, reconstruction), rows in rebuilt.groupby(
+        ["strategy", "compute", "reconstruction"], sort=False
+    ):
         drift = rows["drift_max_rel"].max()
         if math.isnan(drift):
             continue
-        name = f"compute {compute}, reconstruction {reconstruction}"
+        name = f"{strategy} (compute {compute}, reconstruction {reconstruction})"
         exact = "0: every rebuilt input equals the original bit for bit" if drift == 0 else f"at most {drift:.2g}"
         sentence = f"{name}: the relative drift is {exact}"
         angle = rows.get("gradient_angle_deg", pd.Series(dtype=float)).max()

@@ -28,17 +28,22 @@ const filtered = (figure, isShown) => {
 /** Of the traces of one name the first that shows anything stands for them in the legend. */
 const withLegend = (before, now) => {
   const entry = (trace) => `${trace.legendgroup}|${trace.name}`;
-  const wanted = new Set(before.filter((trace) => trace.name && trace.showlegend !== false).map(entry));
+  const inLegend = before.filter((trace) => trace.name && trace.showlegend !== false);
+  const wanted = new Set(inLegend.map(entry));
+  // An entry that draws nothing stands for all of its name, whatever they look like.
+  for (const key of inLegend.filter((trace) => !trace.meta)) wanted.delete(entry(key));
+  const moved = new Set(wanted);
   const isEmpty = (trace) => trace.visible === false || (trace.meta?.points && trace.x.length === 0);
   return now.map((trace) => {
-    if (!trace.name || !trace.legendgroup || isEmpty(trace)) return trace;
+    if (!trace.name || !trace.legendgroup || !moved.has(entry(trace)) || isEmpty(trace)) return trace;
     return { ...trace, showlegend: wanted.delete(entry(trace)) };
   });
 };
 
 const taken = (trace, places) => {
   const pick = (values) => (Array.isArray(values) ? places.map((place) => values[place]) : values);
-  const own = { ...trace };
+  const own = { ...trace, meta: { ...trace.meta } };
+  if (trace.meta.points) own.meta.points = pick(trace.meta.points);
   for (const name of ["x", "y", "text", "customdata"]) own[name] = pick(trace[name]);
   if (trace.error_y) {
     own.error_y = { ...trace.error_y, array: pick(trace.error_y.array), arrayminus: pick(trace.error_y.arrayminus) };
@@ -48,7 +53,7 @@ const taken = (trace, places) => {
 };
 
 /** What a figure shows, as rows: which series, which panel, and its numbers. */
-const rowsOf = (figure, data) => {
+const rowsOf = (figure, data, ids) => {
   const title = (axis, letter) => {
     const own = figure.layout[letter + "axis" + (axis ?? letter).slice(1)]?.title?.text;
     return own ?? figure.layout[letter + "axis"]?.title?.text ?? letter;
@@ -71,12 +76,24 @@ const rowsOf = (figure, data) => {
     heads.add(`series|panel|${title(trace.xaxis, "x")}|${title(trace.yaxis, "y")}`);
     trace.x.forEach((x, place) => {
       if (x !== null && trace.y[place] !== null) {
-        const what = trace.mode === "lines" ? `${trace.name ?? trace.legendgroup ?? ""} (line)` : trace.name;
-        rows.push([what, panelOf(trace), x, trace.customdata?.[place] ?? trace.y[place]]);
+        const name = trace.name ?? trace.legendgroup ?? "";
+        const kind = { fitted: ", fitted line", predicted: ", predicted" }[trace.meta?.kind] ?? "";
+        const row = [name + kind, panelOf(trace), x, trace.customdata?.[place] ?? trace.y[place]];
+        if (ids) row.push((trace.meta?.points?.[place] ?? []).map((each) => ids[each]).join(" "));
+        rows.push(row);
       }
     });
   }
-  return { heads: ([...heads][0] ?? "nothing is shown").split("|"), rows };
+  const found = ([...heads][0] ?? "nothing is shown").split("|");
+  return { heads: ids && found[0] === "series" ? [...found, "trials"] : found, rows };
+};
+
+/** What stands in a figure that has nothing left to draw. */
+const said = (data) => {
+  const draws = (trace) => trace.visible !== false && (trace.meta || trace.stackgroup) && (trace.z ?? trace.x ?? []).length;
+  if (data.some(draws)) return {};
+  const text = { text: "The filter hides all trials that this figure draws.", showarrow: false, font: { size: 15 } };
+  return { annotations: [{ ...text, xref: "paper", yref: "paper", x: 0.5, y: 0.5 }], shapes: [] };
 };
 
 /** Of two figures side by side the scale that has room for both. */
@@ -93,9 +110,9 @@ const LISTED = 300;
 const PAPER_PX = 700;
 
 /** Draws a view when it comes into sight, and anew when the filter changed since. */
-const makeFigures = (figures, filter) => {
+const makeFigures = (figures, filter, ids) => {
   const views = [...document.querySelectorAll(".view[data-anchor]")].filter((view) => figures[view.dataset.anchor]);
-  const states = new Map();
+  const states = new Map(), kept = new Map();
   let generation = 0;
 
   const draw = async (view) => {
@@ -103,10 +120,10 @@ const makeFigures = (figures, filter) => {
     if (view.hidden || state.drawn === generation) return;
     state.drawn = generation;
     const figure = figures[view.dataset.anchor];
-    state.data = filtered(figure, filter().isShown);
+    state.data = view.dataset.empty ? [] : filtered(figure, filter().isShown);
     view.querySelector(".figure").setAttribute("aria-label", figure.layout.meta.description);
     const many = state.data.some((trace) => trace.type === "scattergl");
-    await Plotly.react(state.plot, state.data, { ...figure.layout, ...besides(view, figures) }, {
+    await Plotly.react(state.plot, state.data, { ...figure.layout, ...besides(view, figures), ...said(state.data) }, {
       responsive: true, displaylogo: false, plotGlPixelRatio: many ? 1 : 2,
       toImageButtonOptions: { format: "svg", filename: view.dataset.anchor },
     });
@@ -134,7 +151,7 @@ const makeFigures = (figures, filter) => {
     states.set(view, { plot: view.querySelector(".plot"), table: view.querySelector("table"), drawn: -1, near: false });
     view.querySelector(".behind").addEventListener("toggle", (event) => event.target.open && list(view));
     view.querySelector(".csv").addEventListener("click", () => {
-      const { heads, rows } = rowsOf(figures[view.dataset.anchor], states.get(view).data ?? figures[view.dataset.anchor].data);
+      const { heads, rows } = rowsOf(figures[view.dataset.anchor], states.get(view).data ?? figures[view.dataset.anchor].data, ids);
       download(`${view.dataset.anchor}.csv`, csvOf([heads, ...rows]));
     });
     view.querySelector(".svg").addEventListener("click", async () => {
@@ -145,14 +162,39 @@ const makeFigures = (figures, filter) => {
   }
   /** Another trial in a view of two: both are drawn anew, since they share a scale. */
   const picks = [...document.querySelectorAll(".pick select")];
-  const pick = (select) => {
-    select.closest(".view").dataset.anchor = select.value;
-    for (const view of select.closest(".beside").querySelectorAll(".view")) {
-      states.get(view).drawn = -1;
-      if (states.get(view).near) draw(view);
+  const show = (select, anchor) => {
+    const view = select.closest(".view");
+    if (anchor) {
+      select.value = anchor;
+      view.dataset.anchor = anchor;
+      delete view.dataset.empty;
+    } else view.dataset.empty = "yes";
+    states.get(view).drawn = -1;
+    for (const [kind, name] of [[".csv", "CSV"], [".svg", "SVG"]]) {
+      view.querySelector(kind).setAttribute("aria-label", `${name} of ${select.selectedOptions[0]?.textContent ?? "no trial"}`);
     }
   };
-  for (const select of picks) select.addEventListener("change", () => pick(select));
+  for (const select of picks) {
+    select.dataset.wish = select.value;
+    select.addEventListener("change", () => {
+      select.dataset.wish = select.value;
+      for (const each of picks) show(each, each.value);
+      for (const view of select.closest(".beside").querySelectorAll(".view")) if (states.get(view).near) draw(view);
+    });
+  }
+  /** What the reader chose where the filter shows it, else another than the one beside it. */
+  const repick = () => {
+    const taken = [];
+    for (const select of picks) {
+      for (const option of select.options) option.disabled = !filter().isShown(Number(option.dataset.row));
+      const free = [...select.options].filter((option) => !option.disabled && !taken.includes(option.value));
+      const wished = free.find((option) => option.value === select.dataset.wish);
+      const wishes = picks.map((each) => each.dataset.wish);
+      const chosen = wished ?? free.find((option) => !wishes.includes(option.value)) ?? free[0];
+      if (chosen) taken.push(chosen.value);
+      show(select, chosen?.value);
+    }
+  };
   for (const choice of document.querySelectorAll(".views input")) {
     choice.addEventListener("change", () => {
       for (const view of choice.closest("section").querySelectorAll(".view")) {
@@ -164,14 +206,7 @@ const makeFigures = (figures, filter) => {
   return {
     refresh: () => {
       generation += 1;
-      for (const select of picks) {
-        for (const option of select.options) option.disabled = !filter().isShown(Number(option.dataset.row));
-        const first = [...select.options].find((option) => !option.disabled);
-        if (select.selectedOptions[0]?.disabled && first) {
-          select.value = first.value;
-          select.closest(".view").dataset.anchor = first.value;
-        }
-      }
+      repick();
       // What is in sight at once, by a third at least; what is near it, after that.
       const near = views.filter((view) => states.get(view).near);
       const isSeen = (view) => {
@@ -185,21 +220,23 @@ const makeFigures = (figures, filter) => {
     /** For print: all of it, whatever is in sight. */
     drawAll: async () => {
       for (const view of views) {
-        const wasHidden = view.hidden;
+        kept.set(view, { hidden: view.hidden, open: view.querySelector(".behind").open });
         view.hidden = false;
+        view.querySelector(".behind").open = true;
+      }
+      for (const view of views) {
         await draw(view);
         await Plotly.relayout(states.get(view).plot, { autosize: false, width: PAPER_PX });
-        view.querySelector(".behind").open = true;
         list(view);
-        view.dataset.wasHidden = String(wasHidden);
       }
     },
     putBack: () => {
-      for (const view of views) {
-        view.hidden = view.dataset.wasHidden === "true";
-        view.querySelector(".behind").open = false;
+      for (const [view, { hidden, open }] of kept) {
+        view.hidden = hidden;
+        view.querySelector(".behind").open = open;
         Plotly.relayout(states.get(view).plot, { autosize: true, width: null });
       }
+      kept.clear();
     },
   };
 };

@@ -5,9 +5,12 @@ const makeFilter = (columns, root, changed) => {
   const count = columns.ids.length;
   const chosen = new Map(columns.facets.map((facet) => [facet.key, new Set()]));
   const search = root.querySelector("#filter");
-  const texts = columns.ids.map((id, row) =>
-    [id, columns.status.words[columns.status.codes[row]], columns.reasons.words[columns.reasons.codes[row]],
-      ...columns.spec.map((column) => column.words[column.codes[row]])].join(" ").toLowerCase());
+  const shared = columns.same.join(" ");
+  const texts = columns.ids.map((_, row) =>
+    [columns.status.words[columns.status.codes[row]], columns.reasons.words[columns.reasons.codes[row]], shared,
+      ...columns.spec.map((column) => column.words[column.codes[row]]),
+      ...columns.facets.map((facet) => facet.words[facet.codes[row]] ?? "")].join(" ").toLowerCase());
+  let unknown = [];
   let mask = new Uint8Array(count).fill(1);
 
   const look = () => {
@@ -17,18 +20,19 @@ const makeFilter = (columns, root, changed) => {
     mask = new Uint8Array(count);
     for (let row = 0; row < count; row += 1) {
       const fits = facets.every((facet) => chosen.get(facet.key).has(facet.codes[row]))
-        && words.every((word) => texts[row].includes(word));
+        && words.every((word) => texts[row].includes(word) || columns.ids[row].startsWith(word));
       mask[row] = fits ? 1 : 0;
       shown += mask[row];
     }
-    root.querySelector("#shown").textContent = `${shown} of ${count} trials`;
+    const gone = unknown.length ? `; not in this report: ${unknown.join(", ")}` : "";
+    root.querySelector("#shown").textContent = `${shown} of ${count} trials${gone}`;
     for (const facet of columns.facets) {
       const own = chosen.get(facet.key);
       const which = own.size === 0 ? "all"
         : own.size === 1 ? facet.words[[...own][0]] : `${own.size} of ${facet.words.length}`;
       root.querySelector(`[data-facet="${facet.key}"] summary`).textContent = `${facet.label}: ${which}`;
     }
-    root.querySelector("#reset").hidden = shown === count;
+    root.querySelector("#reset").hidden = words.length === 0 && facets.length === 0;
   };
   const remember = () => {
     const address = new URLSearchParams();
@@ -36,11 +40,13 @@ const makeFilter = (columns, root, changed) => {
       for (const code of chosen.get(facet.key)) address.append(facet.key, facet.words[code]);
     }
     if (search.value) address.set("q", search.value);
-    history.replaceState(null, "", address.size ? `#${address}` : location.pathname + location.search);
+    history.replaceState(null, "", String(address) ? `#${address}` : location.pathname + location.search);
   };
   const recall = () => {
     const address = new URLSearchParams(location.hash.slice(1));
     search.value = address.get("q") ?? "";
+    unknown = [...address].filter(([key, word]) => key !== "q" && word
+      && !columns.facets.some((facet) => facet.key === key && facet.words.includes(word))).map(([, word]) => word);
     for (const facet of columns.facets) {
       const codes = address.getAll(facet.key).map((word) => facet.words.indexOf(word)).filter((code) => code >= 0);
       chosen.set(facet.key, new Set(codes));
@@ -50,6 +56,7 @@ const makeFilter = (columns, root, changed) => {
     }
   };
   const apply = () => {
+    unknown = [];
     look();
     remember();
     changed();
@@ -86,6 +93,8 @@ const makeFilter = (columns, root, changed) => {
     apply();
   });
   window.addEventListener("hashchange", () => {
+    // A place in the page, and no filter.
+    if (location.hash && !location.hash.includes("=")) return;
     recall();
     look();
     changed();

@@ -9,7 +9,7 @@
   const { columns, figures } = JSON.parse(await unpacked("data"));
   let filter = { isShown: () => true };
   let table = null;
-  const drawn = makeFigures(figures, () => filter);
+  const drawn = makeFigures(figures, () => filter, columns?.ids);
   if (columns !== null) {
     filter = makeFilter(columns, document.getElementById("choose"), async () => {
       table?.refresh();
@@ -19,17 +19,26 @@
   }
   await drawn.refresh();
   if (columns !== null) table = await makeTable(columns, () => filter);
-  const whole = async () => {
-    table?.showAll();
-    await drawn.drawAll();
-    document.documentElement.dataset.whole = "true";
+  // Both announce the same print; one pass, and what it changed put back when it has ended.
+  let printing = null;
+  const whole = () => {
+    printing ??= (async () => {
+      table?.showAll();
+      await drawn.drawAll();
+      document.documentElement.dataset.whole = "true";
+    })();
   };
-  window.addEventListener("beforeprint", whole);
-  window.addEventListener("afterprint", () => {
+  const back = async () => {
+    const pass = printing;
+    await pass;
+    if (pass === null || printing !== pass) return;
+    printing = null;
     table?.putBack();
     drawn.putBack();
     delete document.documentElement.dataset.whole;
-  });
-  matchMedia("print").addEventListener("change", (event) => event.matches && whole());
+  };
+  window.addEventListener("beforeprint", whole);
+  window.addEventListener("afterprint", back);
+  matchMedia("print").addEventListener("change", (event) => (event.matches ? whole() : back()));
   document.documentElement.dataset.ready = "true";
 })();

@@ -66,7 +66,7 @@ const makeTable = async (columns, filter) => {
     const shown = columns.ids.map((_, row) => row).filter((row) => filter().isShown(row));
     const heads = ["id", "status", ...columns.spec.map((column) => column.heading),
       ...columns.metrics.map((column) => column.name), "attempts", "reason"];
-    const rows = shown.map((row) => [columns.ids[row], word(columns.status)(row),
+    const rows = shown.map((row) => [columns.ids[row], word(columns.status)(row).split(" ").pop(),
       ...columns.spec.map((column) => word(column)(row)), ...columns.metrics.map((column) => column.values[row]),
       columns.attempts[row], word(columns.reasons)(row)]);
     download("trials.csv", csvOf([heads, ...rows]));

@@ -17,6 +17,7 @@ from tests.reports.browser import Opened, browser_page, needs_browser
 from tests.reports.conftest import STUDY, Compare, drift_rows, predicted, repeats, scaled, sweep_of_trials, trial
 
 pytestmark = needs_browser
+SHOWN = ["peak", "time", "predicted", "drift"]
 VIEWS = ("peak", "saved", "peak-batch", "saved-batch", "time", "predicted", "drift", "angle")
 
 
@@ -139,6 +140,35 @@ def test_any_two_trials_stand_side_by_side_on_one_scale(opened: Opened, records:
     assert opened.complaints == []
 
 
+def test_a_filter_in_passing_loses_no_choice_of_trials_and_an_empty_figure_says_why(opened: Opened) -> None:
+    page = opened.page
+    opened.walk()
+    chosen = "[...document.querySelectorAll('#step select')].map((select) => select.value)"
+    before = page.evaluate(chosen)
+    page.fill("#filter", "checkpointed")
+    during = page.evaluate(chosen)
+    assert len({*during}) == 2
+    assert not {*during} & {*before}
+    page.fill("#filter", "nothing has this")
+    page.wait_for_function("document.querySelector('#step .plot').data.length === 0")
+    assert page.inner_text("#shown") == "0 of 25 trials"
+    hidden = "document.querySelector('#step .plot').layout.annotations[0].text"
+    assert page.evaluate(hidden) == "The filter hides all trials that this figure draws."
+    page.click("#reset")
+    page.wait_for_function("document.querySelector('#step .plot').data.length > 0")
+    assert page.evaluate(chosen) == before
+    assert opened.complaints == []
+
+
+def test_what_is_the_same_in_all_is_found_and_an_address_of_elsewhere_says_so(opened: Opened, report: Path) -> None:
+    opened.page.fill("#filter", "cifar10")
+    assert opened.page.inner_text("#shown") == "25 of 25 trials"
+    assert opened.page.is_visible("#reset")
+    opened.page.goto("about:blank")
+    opened.open(report, "#strategy=of+another")
+    assert opened.page.inner_text("#shown") == "25 of 25 trials; not in this report: of another"
+
+
 def test_words_search_the_trials_and_their_reasons(opened: Opened) -> None:
     opened.page.fill("#filter", "exact 16")
     assert opened.page.inner_text("#shown") == "3 of 25 trials"
@@ -219,6 +249,12 @@ def test_the_print_view_has_every_table_and_every_trial(opened: Opened, records:
     printed = opened.page.inner_text("#table")
     assert all(record.id in printed for record in records)
     assert not opened.page.is_visible("#choose")
+    # And back to what the reader had.
+    opened.page.emulate_media(media="screen")
+    opened.page.wait_for_selector("html:not([data-whole])", state="attached")
+    assert [anchor for anchor in VIEWS if opened.page.is_visible(f"[data-anchor={anchor}]")] == SHOWN
+    assert opened.page.locator(".behind[open]").count() == 0
+    assert opened.page.locator("#table tbody tr").count() == 25
 
 
 def test_numbers_of_the_page_are_those_of_the_records(opened: Opened, records: list[Record], tmp_path: Path) -> None:
@@ -253,7 +289,7 @@ def test_a_figure_s_table_and_its_csv_hold_what_is_drawn(opened: Opened, records
         opened.page.click("[data-anchor=predicted] .csv")
     awaited.value.save_as(tmp_path / "predicted.csv")
     heads, *rows = csv.reader((tmp_path / "predicted.csv").open(newline=""))
-    assert heads == ["series", "panel", "measured (MiB)", "predicted (MiB)"]
+    assert heads == ["series", "panel", "measured (MiB)", "predicted (MiB)", "trials"]
     names = ("activation_peak_bytes", "predicted_activation_peak_bytes")
     wanted = sorted([float(record.metrics[name]) / 2**20 for name in names] for record in records if record.metrics)
     found = sorted([float(row[2]), float(row[3])] for row in rows if row[1] == "activation peak")

@@ -250,8 +250,9 @@ def test_texts_and_names_made_to_harm_are_exported_as_text(
     assert found.keys() == {odd.id, beside.id}
     run = found[odd.id]
     assert run.metrics["fine_bytes"] == 7
-    assert run.tags["machine.device_name"] == printable(EVIL)
-    reason = printable(odd.reason or "")
+    # Half a character is read as the sign that stands for it.
+    assert run.tags["machine.device_name"] == printable(EVIL.replace("\ud800", "\ufffd"))
+    reason = printable((odd.reason or "").replace("\ud800", "\ufffd"))
     if tracker == MLFLOW:
         assert run.tags["reason"] == shortened(reason, 5000)
         assert run.tags["reason"].endswith(f"({len(reason)} characters)")
