@@ -156,7 +156,8 @@ const makeFigures = (figures, filter, ids) => {
     });
     view.querySelector(".svg").addEventListener("click", async () => {
       await draw(view);
-      Plotly.downloadImage(states.get(view).plot, { format: "svg", filename: view.dataset.anchor, width: 1100, height: 560 });
+      Plotly.downloadImage(states.get(view).plot, { format: "svg", filename: view.dataset.anchor, width: 1100,
+        height: figures[view.dataset.anchor].layout.height });
     });
     watcher.observe(view);
   }

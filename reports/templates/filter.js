@@ -33,6 +33,7 @@ const makeFilter = (columns, root, changed) => {
       root.querySelector(`[data-facet="${facet.key}"] summary`).textContent = `${facet.label}: ${which}`;
     }
     root.querySelector("#reset").hidden = words.length === 0 && facets.length === 0;
+    root.querySelector("#hint").hidden = shown === count;
   };
   const remember = () => {
     const address = new URLSearchParams();

@@ -92,6 +92,7 @@ def test_one_filter_acts_on_all_figures_and_on_the_table_and_stays_in_the_addres
     opened.narrow("batch_size", "16")
     opened.narrow("strategy", "revnet · stored", "revnet · reconstructed")
     assert opened.page.inner_text("#shown") == "6 of 25 trials"
+    assert opened.page.inner_text("#hint").startswith("Sentences and summary are of all trials")
     opened.walk()
 
     def check() -> None:
@@ -116,6 +117,7 @@ def test_one_filter_acts_on_all_figures_and_on_the_table_and_stays_in_the_addres
     opened.page.click("#reset")
     assert opened.page.inner_text("#shown") == "25 of 25 trials"
     assert "#" not in opened.page.url
+    assert not opened.page.is_visible("#hint")
     assert opened.complaints == []
 
 
