@@ -13,6 +13,7 @@ from harness.record import Record
 from reports.table import Table, trials_table
 
 # What a reader narrows a report down by; one that is the same in all trials is no choice.
+NONE = "–"
 FACETS = {
     "strategy": "strategy",
     "precision": "precision",
@@ -86,12 +87,13 @@ def _facets(frame: pd.DataFrame) -> list[dict[str, Any]]:
             values = frame[key]
         else:
             continue
-        values = values.dropna()
-        options = sorted(values.unique().tolist()) if len(values) else []
-        if len(options) < 2:
+        options = sorted(values.dropna().unique().tolist())
+        names = [f"{value:.10g}" if isinstance(value, int | float) else str(value) for value in options]
+        if values.isna().any():
+            names.append(NONE)
+        if len(names) < 2:
             continue
         places = {value: place for place, value in enumerate(options)}
-        codes = [places.get(value, -1) for value in values.reindex(frame.index).tolist()]
-        names = [f"{value:g}" if isinstance(value, int | float) else str(value) for value in options]
+        codes = [places.get(value, len(options)) for value in values.tolist()]
         found.append({"key": key, "label": label, "words": names, "codes": codes})
     return found

@@ -159,6 +159,16 @@ def test_the_columns_of_a_page_are_the_frame_s_rows_in_order_and_its_facets_choo
     assert losses[columns["ids"].index(other.id)] == "Infinity"
 
 
+def test_trials_without_a_depth_can_be_chosen_too() -> None:
+    records = [trial(1, depth=14), trial(2, depth=None), trial(3, depth=26)]
+    frame = frame_of(records)
+    [facet] = [facet for facet in columns_of(frame, records)["facets"] if facet["key"] == "depth"]
+    assert facet["words"] == ["14", "26", "–"]
+    assert [facet["words"][code] for code in facet["codes"]] == [
+        "–" if math.isnan(depth) else f"{depth:g}" for depth in frame["depth"]
+    ]
+
+
 def _records_of(frame: pd.DataFrame) -> list[Record]:
     rows = frame[["id", "spec", "status", "reason", "metrics"]].to_dict("records")
     return [Record.model_validate({**row, "reason": None}) for row in rows]
