@@ -3,6 +3,7 @@
 Numbers are as they stand in the records, to the last digit, beside the text that shows them. Words are kept once each.
 """
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -69,11 +70,7 @@ def _metrics(table: Table) -> list[dict[str, Any]]:
 
 def _finite(value: float | None) -> float | str | None:
     """For JSON, which has no NaN and no infinity; None of what was not measured."""
-    return (
-        value
-        if value is None or math.isfinite(value)
-        else {"nan": "NaN", "inf": "Infinity"}.get(str(value), "-Infinity")
-    )
+    return value if value is None or math.isfinite(value) else json.dumps(value)
 
 
 def _facets(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -179,6 +179,13 @@ def laws(frame: pd.DataFrame) -> pd.DataFrame:
     return table[["model", "strategy", "batch_size", "metric", *Law._fields]]
 
 
+def batch_law(rows: pd.DataFrame, metric: str) -> Law | None:
+    """The line of `metric` (bytes) against the batch size of these rows, per sample; None where there is one size only.
+    Repeats of one size are one point, their median."""
+    middle = rows.groupby("batch_size")[metric].median()
+    return fit_line(middle.index.to_list(), middle.to_list()) if len(middle) > 1 else None
+
+
 def fit_line(x: Sequence[float], y: Sequence[float]) -> Law:
     """The line through at least two points; x ascending, y bytes."""
     steps = [(y[i + 1] - y[i], x[i + 1] - x[i]) for i in range(len(x) - 1)]

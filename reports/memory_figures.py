@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from reports.dress import MIB, dressed, marked, points, strategy_styles
-from reports.frames import depth_law, fit_line
+from reports.frames import batch_law, depth_law
 from reports.predictions import prediction_name
 
 Axis = Literal["depth", "batch_size"]
@@ -134,12 +134,11 @@ def _add_line(
         x, at = ends["depth"].tolist(), ends["blocks"]
         slope, intercept = law["slope_bytes"], law["intercept_bytes"]
     else:
-        middle = rows.groupby("batch_size")[metric].median()
-        if len(middle) < 2:
+        fitted = batch_law(rows, metric)
+        if fitted is None:
             return
-        fitted = fit_line(middle.index.to_list(), middle.to_list())
         slope, intercept = fitted.slope_bytes, fitted.intercept_bytes
-        x = [middle.index[0], middle.index[-1]]
+        x = [rows["batch_size"].min(), rows["batch_size"].max()]
         at = pd.Series(x)
     figure.add_scatter(
         x=x,

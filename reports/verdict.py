@@ -5,7 +5,7 @@ import math
 import pandas as pd
 
 from harness.record import RESULT_STATUSES, STATUSES
-from reports.frames import INTERVAL_DEPTHS, depth_law, fit_line, step_bars
+from reports.frames import INTERVAL_DEPTHS, batch_law, depth_law, step_bars
 from reports.pairs import pairs, without_model
 from reports.summary import at_depth, slope_text
 
@@ -52,9 +52,8 @@ def batch_sentences(frame: pd.DataFrame, metric: str, label: str) -> list[str]:
         deepest = rows[rows["depth"] == rows["depth"].max()]
         slopes = []
         for strategy, own in deepest.groupby("strategy", sort=False):
-            middle = own.groupby("batch_size")[metric].median()
-            if len(middle) > 1:
-                slope = fit_line(middle.index.to_list(), middle.to_list()).slope_bytes
+            if (law := batch_law(own, metric)) is not None:
+                slope = law.slope_bytes
                 slopes.append((slope, f"{slope / MIB:.3g} MiB with {without_model(str(strategy))}"))
         if slopes:
             parts = ", ".join(text for _, text in sorted(slopes, reverse=True))

@@ -102,7 +102,7 @@ const besides = (view, figures) => {
   if (!pair) return {};
   const tops = [...pair].map((each) => figures[each.dataset.anchor].layout.yaxis.range[1]);
   const own = figures[view.dataset.anchor].layout;
-  return { yaxis: { ...own.yaxis, range: [0, Math.max(...tops)] }, width: undefined };
+  return { yaxis: { ...own.yaxis, range: [0, Math.max(...tops)] } };
 };
 
 // Of more rows nobody reads on; and on paper they would be a book.
