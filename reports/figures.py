@@ -126,10 +126,10 @@ def angle_against_depth(frame: pd.DataFrame) -> go.Figure | None:
     positive = values[values > 0]
     zero = 10.0 ** (math.floor(math.log10(positive.min())) - 1) if len(positive) else 1e-16
     figure = go.Figure()
-    for strategy, (color, marker, dash) in strategy_styles(frame).items():
+    for strategy, (color, marker, _) in strategy_styles(frame).items():
         own = rows[rows["strategy"] == strategy]
         for name, look in (
-            (angle, {"mode": "lines+markers", "line": {"color": color, "dash": dash, "width": 1.5}}),
+            (angle, {"mode": "lines+markers", "line": {"color": color, "width": 1.5}}),
             (floor, {"mode": "lines", "line": {"color": color, "dash": "dot", "width": 1}}),
         ):
             if name not in own or own[name].isna().all():
