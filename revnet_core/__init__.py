@@ -11,6 +11,7 @@ from revnet_core.audit import audit_model_inverse as audit_model_inverse
 from revnet_core.budget import Budgeted as Budgeted
 from revnet_core.coupling import AdditiveCoupling as AdditiveCoupling
 from revnet_core.downsampling import SpaceToDepth as SpaceToDepth
+from revnet_core.errors import CaptureError as CaptureError
 from revnet_core.errors import ChangedStateError as ChangedStateError
 from revnet_core.errors import DepthError as DepthError
 from revnet_core.errors import DoubleBackwardError as DoubleBackwardError
@@ -23,6 +24,7 @@ from revnet_core.errors import ReversibleError as ReversibleError
 from revnet_core.errors import ShapeError as ShapeError
 from revnet_core.errors import UnknownModelError as UnknownModelError
 from revnet_core.errors import UnsupportedError as UnsupportedError
+from revnet_core.graphs import TrainingStep as TrainingStep
 from revnet_core.guard import GUARD_ACTIONS as GUARD_ACTIONS
 from revnet_core.guard import DriftReport as DriftReport
 from revnet_core.guard import Guard as Guard

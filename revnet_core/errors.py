@@ -33,6 +33,10 @@ class DriftError(ReversibleError):
     """A guard found a rebuilt input further from what the forward saw than it tolerates."""
 
 
+class CaptureError(ReversibleError):
+    """A step cannot be captured as a CUDA graph, or a replay would not do what the step does."""
+
+
 class ChangedStateError(ReversibleError):
     """A parameter or buffer that a recompute needs was changed or replaced after the forward."""
 

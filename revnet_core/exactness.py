@@ -38,20 +38,55 @@ class Verdict:
         """Raises ReconstructionError, which names the first block that left the range."""
         if self._is_blank or not self._failed.item():
             return
-        limit = self._precision.grid_limit
-        outside = (~(self._peaks_B <= limit)).nonzero().flatten().tolist()
-        cause = (
-            f"couplings[{outside[0]}]: a stream left the grid's range of {limit:g} (it reached "
-            f"{self._peaks_B[outside[0]].item():.3g})"
-            if outside
-            else f"no stream left the grid's range of {limit:g}, so a residual left its own of {limit / 4:g}, or F "
-            "or G is not deterministic"
-        )
-        raise ReconstructionError(
-            f"exact reconstruction did not give back the input of {len(self._peaks_B)} couplings bit for bit. {cause}. "
-            f"Lower grid_bits (now {self._precision.grid_bits}; each step doubles the range), normalize the residuals, "
-            "or use torch.use_deterministic_algorithms(True)."
-        )
+        raise ReconstructionError(_complaint(self._peaks_B, self._precision))
+
+    def standing(self) -> "StandingVerdict":
+        """One that no verdict has been added to, for chains like this verdict's."""
+        failed, peaks_B = torch.zeros_like(self._failed), torch.zeros_like(self._peaks_B)
+        return StandingVerdict(failed, peaks_B, self._precision)
+
+
+class StandingVerdict:
+    """What the device found out about the backwards of many replays, in tensors that stay where they are.
+
+    failed  a scalar, whether any reconstruction failed
+    """
+
+    def __init__(self, failed: Tensor, peaks_B: Tensor, precision: Precision) -> None:
+        self.failed = failed
+        self._peaks_B = peaks_B
+        self._precision = precision
+
+    def add(self, verdict: Verdict) -> None:
+        """On the device, without waiting for it."""
+        self.failed.logical_or_(verdict._failed)
+        torch.maximum(self._peaks_B, verdict._peaks_B, out=self._peaks_B)
+
+    def raise_if_failed(self) -> None:
+        """Waits for the device. Raises ReconstructionError once, and stands again as at the beginning."""
+        if not self.failed.item():
+            return
+        complaint = _complaint(self._peaks_B, self._precision)
+        self.failed.zero_()
+        self._peaks_B.zero_()
+        raise ReconstructionError(complaint)
+
+
+def _complaint(peaks_B: Tensor, precision: Precision) -> str:
+    limit = precision.grid_limit
+    outside = (~(peaks_B <= limit)).nonzero().flatten().tolist()
+    cause = (
+        f"couplings[{outside[0]}]: a stream left the grid's range of {limit:g} (it reached "
+        f"{peaks_B[outside[0]].item():.3g})"
+        if outside
+        else f"no stream left the grid's range of {limit:g}, so a residual left its own of {limit / 4:g}, or F or G is "
+        "not deterministic"
+    )
+    return (
+        f"exact reconstruction did not give back the input of {len(peaks_B)} couplings bit for bit. {cause}. "
+        f"Lower grid_bits (now {precision.grid_bits}; each step doubles the range), normalize the residuals, or use "
+        "torch.use_deterministic_algorithms(True)."
+    )
 
 
 # Gets the verdict on each exact reconstruction.

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._python_dispatch import _disable_current_modes
 
+from revnet_core.capture import draws_of_evaluation
+from revnet_core.draws import Draws, HostDraws
 from revnet_core.errors import ChangedStateError
 from revnet_core.norms import NormReplay
 from revnet_core.partitioned import is_partitioned
@@ -55,8 +56,7 @@ class Replay:
         self._device = device
         self._modules = modules_of(net)
         self._training = [module.training for module in self._modules]
-        self._cpu_state: Tensor | None = None
-        self._cuda_state: Tensor | None = None
+        self._draws: Draws = HostDraws(device)
         self._parameters: list[_Held] = []
         self._buffers: list[_Held] | None = None
         # What an inner sequence evaluates again, after this replay, it has to find in one way both times.
@@ -79,18 +79,13 @@ class Replay:
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         self._look_for_hooks()
-        cpu_state = torch.get_rng_state()
-        cuda_state = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
+        self._draws = draws_of_evaluation(self._device)
         before = [
             (_Held(m, name, b, _version_of(b)), None if is_flagged(m) else b.clone())
             for m, name, b in self._read_buffers()
         ]
-        with self._norms.recording() if self._norms else contextlib.nullcontext():
+        with self._draws.recording(), self._norms.recording() if self._norms else contextlib.nullcontext():
             yield
-        if not _same(cpu_state, torch.get_rng_state()):
-            self._cpu_state = cpu_state
-        if cuda_state is not None and not _same(cuda_state, torch.cuda.get_rng_state(self._device)):
-            self._cuda_state = cuda_state
         self._buffers = [
             held._replace(tensor=copy, version=None)
             if copy is not None and (_change_of(held, held.module._buffers) or _is_uncounted(held))
@@ -127,12 +122,7 @@ class Replay:
             for module, name, tensor, version in self._buffers:
                 undo.callback(module._buffers.__setitem__, name, module._buffers[name])
                 module._buffers[name] = tensor.clone() if version is None else tensor
-            if self._cpu_state is not None:
-                undo.callback(torch.set_rng_state, torch.get_rng_state())
-                torch.set_rng_state(self._cpu_state)
-            if self._cuda_state is not None:
-                undo.callback(torch.cuda.set_rng_state, torch.cuda.get_rng_state(self._device), self._device)
-                torch.cuda.set_rng_state(self._cuda_state, self._device)
+            undo.enter_context(self._draws.repeating())
             if self._norms:
                 undo.enter_context(self._norms.replaying(as_constants=constant_statistics))
             yield
@@ -168,12 +158,6 @@ class Replay:
                 for name, buffer in module._buffers.items():
                     if buffer is not None:
                         yield module, name, buffer
-
-
-def _same(state: Tensor, other: Tensor) -> bool:
-    # Not for a dispatch mode around the step: one whose tensors are fake could not tell.
-    with _disable_current_modes():
-        return torch.equal(state, other)
 
 
 def _version_of(tensor: Tensor) -> int:

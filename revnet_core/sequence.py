@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from revnet_core.backprop import backpropagate
 from revnet_core.budget import Budgeted, SavedBytes
+from revnet_core.capture import is_capturing, is_under_way, judged
 from revnet_core.chain import Block, ChainRun, Streams, split
 from revnet_core.compiled import register, run_compiled
 from revnet_core.coupling import Coupling
@@ -115,9 +116,10 @@ class ReversibleSequence(nn.Module):
         if torch.compiler.is_compiling():
             with self.precision.autocast(device.type):
                 return self._forward_compiled(tuple(self.precision.enter(tensor) for tensor in inputs), side)
-        self._read_verdicts(wait=False)
-        if self._guard:
-            self._guard.answer()
+        if not is_capturing(device):
+            self._read_verdicts(wait=False)
+            if self._guard:
+                self._guard.answer()
         with self.precision.autocast(device.type):
             inputs = tuple(self.precision.enter(_dense(tensor)) for tensor in inputs)
             saving = torch.is_grad_enabled() and self._needs_gradients(inputs, side)
@@ -221,8 +223,9 @@ class ReversibleSequence(nn.Module):
         )
 
     def _judge(self, verdict: Verdict) -> None:
-        self._unread.append(verdict)
-        self._read_verdicts(wait=verdict.on_host)
+        if not judged(verdict):
+            self._unread.append(verdict)
+            self._read_verdicts(wait=verdict.on_host)
 
     def _read_verdicts(self, *, wait: bool) -> None:
         while self._unread and (wait or self._unread[0].is_ready()):
@@ -302,6 +305,8 @@ def replayed_checkpoint(module: nn.Module, *inputs: Tensor, **kwargs: Any) -> An
         *inputs,
         use_reentrant=False,
         preserve_rng_state=False,  # the replay repeats the draws
+        # A recompute that leaves out the last draws would fall behind the forward from one replay of a graph to the next.
+        early_stop=not is_under_way(),
         context_fn=lambda: (replay.recording(), _Repeatable(replay.replaying)),
         **kwargs,
     )

@@ -128,13 +128,17 @@ def test_buffers_that_the_forward_wrote_may_change(kind: str, activations: str) 
     assert_same(outcomes[1], outcomes[0])
 
 
+def held_by(replay: Replay) -> list[Tensor]:
+    held = [*vars(replay).values(), *vars(replay._draws).values()]
+    return [value for value in held if isinstance(value, Tensor)]
+
+
 def test_a_net_without_state_costs_nothing_lasting() -> None:
     net = nn.Linear(6, 6)
     replay = Replay(net, CPU)
     with replay.recording():
         net(torch.zeros(2, 6))
-    held = [value for value in vars(replay).values() if isinstance(value, Tensor)]
-    assert not held
+    assert not held_by(replay)
 
 
 def test_a_net_that_draws_keeps_one_state() -> None:
@@ -142,8 +146,7 @@ def test_a_net_that_draws_keeps_one_state() -> None:
     replay = Replay(net, CPU)
     with replay.recording():
         net(torch.zeros(2, 6))
-    held = [value for value in vars(replay).values() if isinstance(value, Tensor)]
-    assert [state.numel() for state in held] == [torch.get_rng_state().numel()]
+    assert [state.numel() for state in held_by(replay)] == [torch.get_rng_state().numel()]
 
 
 def broken(module: nn.Module, args: object, out: object) -> None:
