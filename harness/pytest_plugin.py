@@ -64,29 +64,36 @@ class InverseCheck:
                     with `rev`, or an nn.Sequential of such; anything else in harness.inverses.Invertible
         inputs      floating-point tensors; module and inputs from a fixed seed
         precisions  e.g. ("fp32", "bf16", "fp64"), of ours also "bf16/exact"; default: its own and fp64
-        tolerances  limits of a new baseline that are not the default ones, by metric
+        tolerances  limits of a new baseline that are not the default ones, by metric; those of a file stand in the file
         name        tells this call from others in the same test
 
         Returns the figures by precision. Fails the test where a figure is worse than its limit, and where there was no
         baseline, which is written; skips it where the baseline is of other hardware or of another torch.
         """
+        # Of what cannot be used a reader wants the line of the test and the message.
+        __tracebackhide__ = True
         # Here, not above: pytest loads this file in every project.
+        from harness.errors import HarnessError
         from harness.inverses.check import check_inverse
+        from revnet_core import PrecisionError
 
         if name in self._names:
             pytest.fail("inverse_check: a second call in one test takes a name of its own: name='...'", pytrace=False)
         self._names.add(name)
         test = _test_of(self._item) + (f" {name}" if name else "")
-        verdict = check_inverse(
-            module,
-            *inputs,
-            path=baseline_path(self._item.path, test),
-            test=test,
-            precisions=precisions,
-            tolerances=tolerances,
-            update=self._update,
-            require=self._require,
-        )
+        try:
+            verdict = check_inverse(
+                module,
+                *inputs,
+                path=baseline_path(self._item.path, test),
+                test=test,
+                precisions=precisions,
+                tolerances=tolerances,
+                update=self._update,
+                require=self._require,
+            )
+        except (HarnessError, PrecisionError) as error:
+            raise pytest.fail.Exception(f"inverse_check: {error}") from None
         if verdict.outcome == "failed":
             pytest.fail(f"inverse_check: {verdict.message}", pytrace=False)
         if verdict.outcome == "not comparable":

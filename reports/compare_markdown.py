@@ -11,7 +11,13 @@ from reports.units import shown
 
 # Of a table; a comment on GitHub has at most 65,536 characters.
 MOST_ROWS = 60
-_ACTIVE = re.compile(r"([\\`*_\[\]|~#])")
+_ACTIVE = re.compile(r"([\\`*_\[\]|~])")
+# What GitHub makes links, mentions and emoji of when Markdown is done with, so that no backslash helps: @name, #12,
+# GH-12, URLs with and without a scheme, :name:. A word joiner behind it, which nobody sees, keeps it text.
+_LINKED = re.compile(r"([@#]|GH-(?=\d)|(?:https?|ftp):(?=//)|www(?=\.)|:(?=[\w+-]+:))", re.IGNORECASE)
+_JOINER = "\u2060"
+# What begins a list within a list, or a line across.
+_BEGINNING = re.compile(r"^(?:([-+=])|(\d{1,9})([.)]))")
 _FIGURES = ("where", "metric", "before", "now", "change")
 # What is in tables of their own, or of no matter to a reviewer.
 _IN_TABLES = ("worse than allowed", "beyond a limit, but within noise", "better by more than a limit")
@@ -46,8 +52,9 @@ def as_markdown(comparison: Comparison) -> str:
 def escaped(text: object) -> str:
     """One line that Markdown and HTML show as it is."""
     one_line = "".join(character if character.isprintable() else " " for character in str(text))
-    # A word joiner after @, which nobody sees, so that no person of that name is called.
-    return _ACTIVE.sub(r"\\\1", html.escape(one_line, quote=False)).replace("@", "@\u2060")
+    active = _ACTIVE.sub(r"\\\1", html.escape(_LINKED.sub(rf"\1{_JOINER}", one_line), quote=False))
+    # As GitHub has it where a dollar is to begin no formula.
+    return active.replace("$", "<span>$</span>")
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -59,7 +66,12 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _list(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {escaped(line)}" for line in lines)
+    return "\n".join(f"- {_BEGINNING.sub(_shown_as_text, escaped(line).strip())}" for line in lines)
+
+
+def _shown_as_text(begun: re.Match[str]) -> str:
+    mark, number, behind = begun.groups()
+    return f"\\{mark}" if mark else f"{number}\\{behind}"
 
 
 def _row(change: Change) -> tuple[str, ...]:

@@ -6,37 +6,22 @@ import torch
 from torch import Tensor
 
 from revnet_core.errors import ReconstructionError
+from revnet_core.pending import Pending
 from revnet_core.precision import Precision
 
 
-class Verdict:
+class Verdict(Pending):
     """What the device found out about one backward; nothing is copied to the host until `raise_if_failed`."""
 
     def __init__(self, failed: Tensor, peaks_B: Tensor, precision: Precision) -> None:
+        super().__init__(failed)
         self._failed = failed
         self._peaks_B = peaks_B
         self._precision = precision
-        self._event = torch.cuda.Event() if failed.device.type == "cuda" else None
-        if self._event is not None:
-            self._event.record()
-
-    @property
-    def _is_blank(self) -> bool:
-        """A tensor without contents, on `meta` or a fake one, has nothing to say."""
-        return self._failed.device.type == "meta" or type(self._failed) is not Tensor
-
-    @property
-    def on_host(self) -> bool:
-        """Whether the device is the host itself, which never waits."""
-        return self._failed.device.type == "cpu"
-
-    def is_ready(self) -> bool:
-        """Whether reading it waits for nothing."""
-        return self._event is None or self._event.query()
 
     def raise_if_failed(self) -> None:
         """Raises ReconstructionError, which names the first block that left the range."""
-        if self._is_blank or not self._failed.item():
+        if self.is_blank or not self._failed.item():
             return
         raise ReconstructionError(_complaint(self._peaks_B, self._precision))
 

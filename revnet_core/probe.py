@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from revnet_core.chain import Streams
+from revnet_core.pending import Pending, is_blank
 
 
-class Finding:
+class Finding(Pending):
     """The comparison of one rebuilt input with the original; nothing waits for it until `rel` is read.
 
     block  whose input it is
@@ -18,31 +19,14 @@ class Finding:
     def __init__(self, block: int, norms: Tensor) -> None:
         self.block = block
         self._norms = norms
-        self._event: torch.cuda.Event | None = None
-        if norms.device.type == "cuda" and not self.is_blank:
+        if norms.device.type == "cuda" and not is_blank(norms):
             # Copied in the device's own order: a copy at reading would wait for all that was queued since.
             self._norms = torch.empty(4, dtype=norms.dtype, pin_memory=True).copy_(norms, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    @property
-    def is_blank(self) -> bool:
-        """A tensor without contents, on `meta` or a fake one, has nothing to say."""
-        return self._norms.device.type == "meta" or type(self._norms) is not Tensor
-
-    @property
-    def on_host(self) -> bool:
-        """Whether the device is the host itself, which never waits."""
-        return self._event is None and self._norms.device.type == "cpu"
-
-    def is_ready(self) -> bool:
-        """Whether reading it waits for nothing."""
-        return self._event is None or self._event.query()
+        super().__init__(norms)
 
     def rel(self) -> float:
         """Relative L2 error over both streams; nan where the original itself is not finite. Waits for the device."""
-        if self._event is not None:
-            self._event.synchronize()
+        self.wait()
         error1, error2, norm1, norm2 = self._norms.tolist()
         error, norm = math.hypot(error1, error2), math.hypot(norm1, norm2)
         if not math.isfinite(norm):

@@ -1,36 +1,15 @@
-"""Baselines: a small JSON file for each test, with the figures of each kind of machine, torch and precision."""
+"""Baselines: the figures of each kind of machine, torch and precision, and what is worse than they allow."""
 
-import json
 import math
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from harness.errors import HarnessError
 from harness.inverses.measurement import ERRORS, MARKS, Figures
-from harness.inverses.precisions import FP64, OUTPUT_CHANGE, compute_of
-
-SCHEMA = 1
-DEFAULT_TOLERANCES: dict[str, float] = {
-    # Times the figure before.
-    "inverse_rel": 3.0,
-    "drift_rel": 3.0,
-    "gradient_rel": 3.0,
-    "gradient_angle_deg": 3.0,
-    "gradient_reference_rel": 3.0,
-    "gradient_difference_rel": 100.0,
-    # Absolute, over the output's root mean square.
-    **{f"output_change_{precision}": change for precision, change in OUTPUT_CHANGE.items()},
-}
-
-
-class BaselineError(HarnessError):
-    """A baseline file that cannot be used."""
+from harness.inverses.precisions import FP64, compute_of
 
 
 @dataclass(frozen=True)
@@ -94,7 +73,7 @@ def not_finite(figures: Figures) -> str | None:
 def compare(
     before: Mapping[str, Any], figures: Figures, precision: str, tolerances: Mapping[str, float], *, exact: bool
 ) -> list[Change]:
-    """What is worse than it may be, block by block. What the baseline has and the figures have not is, too."""
+    """What is worse than it may be, block by block. What only one of the two has is, too."""
     now = as_json(figures)
     changes: list[Change] = []
     if before["inputs"] != now["inputs"]:
@@ -103,17 +82,19 @@ def compare(
     names = [block["name"] for block in before["blocks"]], [block["name"] for block in now["blocks"]]
     if names[0] != names[1]:
         return [Change(precision, None, "blocks", ", ".join(names[0]), ", ".join(names[1]), "equal")]
-    allowed = DEFAULT_TOLERANCES | dict(tolerances)
     for old, new in zip(before["blocks"], now["blocks"], strict=True):
         for metric in MARKS:
-            limit = allowed[f"output_change_{compute_of(precision)}"]
+            limit = tolerances[f"output_change_{compute_of(precision)}"]
             scale = old["output_rms"] if metric == "output_rms" else 1.0
             if abs(old[metric] - new[metric]) > limit * scale:
                 changes.append(Change(precision, old["name"], metric, old[metric], new[metric], limit * scale))
         for metric in ERRORS:
-            changes += _risen(precision, old["name"], metric, old, new, allowed[metric], exact)
+            changes += _risen(precision, old["name"], metric, old, new, tolerances[metric], exact)
+    for metric, value in now["gradient"].items():
+        if metric not in before["gradient"]:
+            changes.append(Change(precision, None, metric, "not measured", value, "none"))
     for metric in before["gradient"]:
-        changes += _risen(precision, None, metric, before["gradient"], now["gradient"], allowed[metric], exact)
+        changes += _risen(precision, None, metric, before["gradient"], now["gradient"], tolerances[metric], exact)
     return changes
 
 
@@ -132,61 +113,3 @@ def _risen(
     if metric not in now:
         return [Change(precision, block, metric, before[metric], "not measured", limit)]
     return [Change(precision, block, metric, before[metric], now[metric], limit)] if now[metric] > limit else []
-
-
-def read(path: Path) -> dict[str, Any] | None:
-    """The file's contents; None where there is none. Raises BaselineError for what is no baseline."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise BaselineError(f"{path}: not JSON ({error}). Restore it, or delete it to have it written anew.") from None
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        raise BaselineError(f"{path}: not a baseline of schema {SCHEMA}. Restore it, or delete it.")
-    if place := _fault(found):
-        raise BaselineError(f"{path}: {place} is missing, or not what belongs there. Restore the file, or delete it.")
-    return found
-
-
-def _fault(found: Mapping[str, Any]) -> str | None:
-    """The first place that has not what a baseline has there."""
-    if key := _without(found, {"test": str, "structure": dict, "tolerances": dict, "baselines": dict}):
-        return key
-    if key := _without(found["tolerances"], dict.fromkeys(DEFAULT_TOLERANCES, float)):
-        return f"tolerances.{key}"
-    for name, parts in found["structure"].items():
-        if not (isinstance(parts, list) and all(isinstance(part, str) for part in parts)):
-            return f"structure.{name}"
-    for machine, baseline in found["baselines"].items():
-        where = f"baselines[{machine!r}]"
-        if not isinstance(baseline, dict):
-            return where
-        if key := _without(baseline, {"inputs": str, "outside": str, "blocks": list, "gradient": dict}):
-            return f"{where}.{key}"
-        if key := _without(baseline["gradient"], dict.fromkeys(baseline["gradient"], float)):
-            return f"{where}.gradient.{key}"
-        of_block = {"name": str, "weights": str, "calls": str, **dict.fromkeys((*MARKS, *ERRORS), float)}
-        for index, block in enumerate(baseline["blocks"]):
-            if not isinstance(block, dict):
-                return f"{where}.blocks[{index}]"
-            if key := _without(block, of_block):
-                return f"{where}.blocks[{index}].{key}"
-            if not all("=" in part for part in block["weights"].split()):
-                return f"{where}.blocks[{index}].weights"
-    return None
-
-
-def _without(found: Mapping[str, Any], kinds: Mapping[str, type]) -> str | None:
-    """The first key that has no value of its kind; a whole number is one of the numbers."""
-    return next(
-        (k for k, kind in kinds.items() if not isinstance(found.get(k), (int, float) if kind is float else kind)), None
-    )
-
-
-def write(path: Path, contents: Mapping[str, Any]) -> None:
-    """Sorted, a line for each figure, and whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(contents, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)

@@ -7,18 +7,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from harness.inverses.baseline import (
-    DEFAULT_TOLERANCES,
-    SCHEMA,
-    BaselineError,
-    Change,
-    as_json,
-    compare,
-    machine_key,
-    not_finite,
-    read,
-    write,
-)
+from harness.inverses.baseline import Change, as_json, compare, machine_key, not_finite
+from harness.inverses.baseline_file import DEFAULT_TOLERANCES, SCHEMA, read, refuse_tolerances, write
 from harness.inverses.causes import doubts, likely_cause
 from harness.inverses.chain import Streams, refuse_inputs
 from harness.inverses.measurement import Figures, measure
@@ -56,6 +46,8 @@ def check_inverse(
     Raises SubjectError, PrecisionError and BaselineError for what cannot be used.
     """
     streams = refuse_inputs(inputs)
+    refuse_tolerances(tolerances or {})
+    stored = read(path)
     own = own_precision(module)
     chosen = list(dict.fromkeys(precisions if precisions is not None else (own, FP64)))
     figures = {precision: measure(module, streams, precision) for precision in chosen}
@@ -64,10 +56,6 @@ def check_inverse(
             return Verdict("failed", f"{precision}: {reason}; nothing is written or compared", figures)
     keys = {precision: machine_key(streams[0].device, precision) for precision in chosen}
     structure = structure_of(module)
-    stored = read(path)
-    unknown = sorted((tolerances or {}).keys() - DEFAULT_TOLERANCES.keys())
-    if unknown:
-        raise BaselineError(f"tolerances: {', '.join(unknown)}; known are {', '.join(DEFAULT_TOLERANCES)}.")
     contents = _merged(stored, test, keys, figures, structure, tolerances or {})
     doubt = doubts(module, streams, figures)
     if update:
@@ -142,11 +130,12 @@ def _merged(
     structure: Structure,
     tolerances: dict[str, float],
 ) -> dict[str, Any]:
-    old = stored or {"baselines": {}, "tolerances": DEFAULT_TOLERANCES}
+    # Limits that were changed in the file stay.
+    old = stored or {"baselines": {}, "tolerances": DEFAULT_TOLERANCES | tolerances}
     return {
         "schema": SCHEMA,
         "test": test,
         "structure": structure,
-        "tolerances": old["tolerances"] | tolerances,
+        "tolerances": old["tolerances"],
         "baselines": old["baselines"] | {keys[p]: as_json(found) for p, found in figures.items()},
     }

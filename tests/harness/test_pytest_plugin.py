@@ -1,17 +1,17 @@
 """The plugin, driven as a user drives it: tests are written, run, changed and run again."""
 
-import copy
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 # Before the first inner run, after which pytester forgets what was imported in it: torch cannot be imported twice.
-from harness.inverses.baseline import BaselineError, read
+from harness.inverses.check import check_inverse  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 BLOCK = """\
 import torch
@@ -77,6 +77,10 @@ def change(project: pytest.Pytester, old: str, new: str, file: str = "blocks.py"
 def baselines(project: pytest.Pytester) -> dict[str, dict[str, Any]]:
     folder = project.path / "inverse_baselines"
     return {path.relative_to(folder).as_posix(): json.loads(path.read_text()) for path in folder.rglob("*.json")}
+
+
+def first_of(project: pytest.Pytester) -> Path:
+    return min((project.path / "inverse_baselines").rglob("*.json"))
 
 
 def outcomes(result: pytest.RunResult) -> dict[str, int]:
@@ -208,7 +212,7 @@ def test_two_calls_in_one_test_take_names(project: pytest.Pytester, run: Run) ->
 )
 def test_a_damaged_baseline_is_named_and_kept(project: pytest.Pytester, run: Run, text: str, message: str) -> None:
     run()
-    damaged = next(iter(sorted((project.path / "inverse_baselines").rglob("*.json"))))
+    damaged = first_of(project)
     damaged.write_text(text)
     result = run()
     assert outcomes(result) == {"failed": 1, "passed": 1}
@@ -216,27 +220,54 @@ def test_a_damaged_baseline_is_named_and_kept(project: pytest.Pytester, run: Run
     assert damaged.read_text() == text
 
 
-def test_a_baseline_that_lacks_something_is_named_and_kept(project: pytest.Pytester, run: Run) -> None:
+@pytest.mark.parametrize("option", ["--inverse-update", "--inverse-require"])
+def test_a_baseline_that_lacks_something_is_named_and_kept(project: pytest.Pytester, run: Run, option: str) -> None:
     run()
-    damaged = next(iter(sorted((project.path / "inverse_baselines").rglob("*.json"))))
-    whole = json.loads(damaged.read_text())
-    (key,) = list(whole["baselines"])[:1]
-    for path in (
-        *(("test",), ("structure",), ("tolerances",), ("tolerances", "drift_rel"), ("baselines",), ("baselines", key)),
-        *(("baselines", key, name) for name in ("inputs", "outside", "blocks", "gradient")),
-        *(("baselines", key, "blocks", 0, name) for name in ("name", "weights", "calls", "inverse_rel", "output_rms")),
-    ):
-        found = copy.deepcopy(whole)
-        inner = found
-        for name in path[:-1]:
-            inner = inner[name]
-        inner[path[-1]] = None
-        damaged.write_text(json.dumps(found))
-        with pytest.raises(BaselineError, match=rf"{damaged.name}: .*{path[-1]}.* is missing, or not what belongs"):
-            read(damaged)
-    assert outcomes(run()) == {"failed": 1, "passed": 1}
-    damaged.write_text(json.dumps(whole))
-    assert read(damaged) == whole
+    damaged = first_of(project)
+    whole = damaged.read_text()
+    found = json.loads(whole)
+    del found["tolerances"]["drift_rel"]
+    damaged.write_text(json.dumps(found))
+    message = (
+        "*tolerances.drift_rel is missing; a finite number, at least 0, belongs there. Restore the file, or delete it"
+    )
+    for options in ((), (option,)):
+        result = run(*options)
+        assert outcomes(result) == {"failed": 1, "passed": 1}
+        result.stdout.fnmatch_lines([f"E *inverse_check: *{damaged.name}: {message}*"])
+        # The line of the test, and nothing of what is behind the fixture.
+        result.stdout.fnmatch_lines([">*inverse_check(nn_chain(width)*"])
+        assert "_fault" not in result.stdout.str()
+        assert damaged.read_text() == json.dumps(found)
+    damaged.write_text(whole)
+    assert outcomes(run()) == {"passed": 2}
+
+
+@pytest.mark.parametrize("metric", ["gradient_reference_rel", "gradient_difference_rel"])
+def test_a_figure_that_the_baseline_lacks_is_no_pass(project: pytest.Pytester, run: Run, metric: str) -> None:
+    run()
+    lacking = first_of(project)
+    found = json.loads(lacking.read_text())
+    assert any(baseline["gradient"].pop(metric, None) is not None for baseline in found["baselines"].values())
+    lacking.write_text(json.dumps(found))
+    result = run()
+    assert outcomes(result) == {"failed": 1, "passed": 1}
+    result.stdout.fnmatch_lines([f"*gradient, fp*: {metric} was not measured, is *"])
+
+
+def test_a_limit_that_is_given_with_the_call_is_of_a_new_baseline(project: pytest.Pytester, run: Run) -> None:
+    change(project, "torch.randn(8, 3))", "torch.randn(8, 3), tolerances={'drift_rel': 7})", "test_blocks.py")
+    run()
+    assert all(found["tolerances"]["drift_rel"] == 7 for found in baselines(project).values())
+    edited = first_of(project)
+    edited.write_text(edited.read_text().replace('"drift_rel": 7', '"drift_rel": 9'))
+    assert outcomes(run("--inverse-update")) == {"passed": 2}
+    assert sorted(found["tolerances"]["drift_rel"] for found in baselines(project).values()) == [7, 9]
+
+    for wrong, message in (("'drift_rel': float('nan')", "drift_rel is NaN"), ("'drift': 1", "drift is not known")):
+        change(project, "'drift_rel': 7", wrong, "test_blocks.py")
+        run().stdout.fnmatch_lines([f"*tolerances: {message}*"])
+        change(project, wrong, "'drift_rel': 7", "test_blocks.py")
 
 
 def test_a_module_without_an_inverse_is_refused(project: pytest.Pytester, run: Run) -> None:
