@@ -24,6 +24,8 @@ from revnet_core.errors import ReversibleError as ReversibleError
 from revnet_core.errors import ShapeError as ShapeError
 from revnet_core.errors import UnknownModelError as UnknownModelError
 from revnet_core.errors import UnsupportedError as UnsupportedError
+from revnet_core.graphed import GraphedModel as GraphedModel
+from revnet_core.graphed import graph_model as graph_model
 from revnet_core.graphs import TrainingStep as TrainingStep
 from revnet_core.guard import GUARD_ACTIONS as GUARD_ACTIONS
 from revnet_core.guard import DriftReport as DriftReport

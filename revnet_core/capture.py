@@ -13,6 +13,7 @@ from torch import Tensor
 from revnet_core.draws import Draws, Generators, HostDraws, Rehearsal, Script
 from revnet_core.errors import CaptureError
 from revnet_core.exactness import StandingVerdict, Verdict
+from revnet_core.pending import is_stream_captured
 
 
 class Phase(Protocol):
@@ -53,7 +54,7 @@ def is_capturing(device: torch.device) -> bool:
     """Whether what runs is only written down: nothing may wait for the device, or ask it."""
     if isinstance(_phase, Performance):
         return True
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and is_stream_captured()
 
 
 def is_under_way() -> bool:

@@ -26,7 +26,7 @@ class Draws(Protocol):
 
 
 class HostDraws:
-    """From torch's global generators, of the CPU and of the current device; their sequence is not moved by a repetition."""
+    """From torch's global generators, of the CPU and the current device; their sequence is not moved by repeating."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

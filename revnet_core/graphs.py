@@ -52,8 +52,8 @@ GRAPHS: dict[str, Callable[[torch.device], Graphs]] = {"cuda": CudaGraphs}
 class TrainingStep:
     """Forward, loss, backward and update in one call, replayed as one CUDA graph from the call after the warm-up on.
 
-    model, optimizer  on one CUDA device. An optimizer that has `capturable` needs it (Adam); a learning rate that changes
-                      often is given as a tensor on the device (SGD and Adam with fused=True take one)
+    model, optimizer  on one CUDA device. An optimizer that has `capturable` needs it (Adam); a learning rate that
+                      changes often is given as a tensor on the device (SGD and Adam with fused=True take one)
     loss              called with the model's output and the batch's other tensors; a scalar
     example_batch     (x, *others): each batch has as many tensors of these shapes and dtypes
     cuda_graph        False: every step runs eagerly, on any device
@@ -144,12 +144,7 @@ class TrainingStep:
         return loss.detach()
 
     def _rehearse(self, graphs: Graphs) -> Tensor:
-        for sequence in self._sequences:
-            if sequence._guard is not None:
-                raise CaptureError(
-                    "a guard compares now and then, and a captured step does the same each time. Detach it, or set "
-                    "cuda_graph=False."
-                )
+        refuse_guards(self._sequences)
         # Its draws would come from the host, once and for all.
         host_state = torch.get_rng_state() if self._device.type != "cpu" else None
         self._rehearsal = StepRehearsal()
@@ -181,7 +176,7 @@ class TrainingStep:
         except ReversibleError:
             raise
         except Exception as error:
-            raise CaptureError(_failure(error)) from error
+            raise CaptureError(capture_failure(error)) from error
         return _Captured(graph, losses[0], performance, flag)
 
     def _take_in(self, batch: Sequence[Tensor]) -> None:
@@ -190,8 +185,8 @@ class TrainingStep:
         for index, (own, given) in enumerate(zip(self._batch, batch, strict=True)):
             if own.shape != given.shape or own.dtype != given.dtype:
                 raise ShapeError(
-                    f"batch[{index}] is {tuple(given.shape)} of {given.dtype}; the example batch has {tuple(own.shape)} "
-                    f"of {own.dtype}. Leave out a last batch that is smaller (drop_last=True)."
+                    f"batch[{index}] is {tuple(given.shape)} of {given.dtype}; the example batch has "
+                    f"{tuple(own.shape)} of {own.dtype}. Leave out a last batch that is smaller (drop_last=True)."
                 )
         for own, given in zip(self._batch, batch, strict=True):
             own.copy_(given, non_blocking=True)
@@ -219,8 +214,8 @@ class TrainingStep:
         if self._in_vain == CAPTURES_IN_VAIN:
             warnings.warn(
                 f"for the {CAPTURES_IN_VAIN}rd time what the step depends on changed before it had been replayed "
-                f"{FEW_REPLAYS} times, so that it mostly runs eagerly. Give a learning rate that a schedule changes as a "
-                "tensor on the device (lr=torch.tensor(0.1, device=...), fused=True), or set cuda_graph=False.",
+                f"{FEW_REPLAYS} times, so that it mostly runs eagerly. Give a learning rate that a schedule changes as "
+                "a tensor on the device (lr=torch.tensor(0.1, device=...), fused=True), or set cuda_graph=False.",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -282,7 +277,17 @@ def _graphs_for(device: torch.device) -> Graphs:
     return GRAPHS[device.type](device)
 
 
-def _failure(error: BaseException) -> str:
+def refuse_guards(sequences: Iterable[ReversibleSequence]) -> None:
+    """Raises CaptureError."""
+    if any(sequence._guard is not None for sequence in sequences):
+        raise CaptureError(
+            "a guard compares now and then, and a captured step does the same each time. Detach it, or run the step "
+            "eagerly."
+        )
+
+
+def capture_failure(error: BaseException) -> str:
+    """In words."""
     # What ended the capture comes after what was wrong in it.
     while error.__context__ is not None:
         error = error.__context__

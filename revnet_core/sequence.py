@@ -305,7 +305,7 @@ def replayed_checkpoint(module: nn.Module, *inputs: Tensor, **kwargs: Any) -> An
         *inputs,
         use_reentrant=False,
         preserve_rng_state=False,  # the replay repeats the draws
-        # A recompute that leaves out the last draws would fall behind the forward from one replay of a graph to the next.
+        # In a graph, a recompute that left out the last draws would fall behind the forward from replay to replay.
         early_stop=not is_under_way(),
         context_fn=lambda: (replay.recording(), _Repeatable(replay.replaying)),
         **kwargs,
