@@ -10,7 +10,7 @@ Loaded by pytest wherever this package is installed, so it imports torch only wh
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ FOLDER = "inverse_baselines"
 STALE = "revnet_stale_inverse_baselines"
 Collected = dict[Path, set[str]]
 COLLECTED = pytest.StashKey[Collected]()
+FOLDERS = pytest.StashKey[set[Path]]()
 FOUND_STALE = pytest.StashKey[set[str]]()
 
 
@@ -113,6 +114,13 @@ def baseline_path(module: Path, test: str) -> Path:
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> None:
+    """Also where the last test of a folder has moved away."""
+    if collection_path.name == FOLDER:
+        config.stash.setdefault(FOLDERS, set()).add(collection_path)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What there is, before -k and -m take something away."""
     collected: Collected = {}
@@ -125,7 +133,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     config = session.config
     # A single test that was asked for by name says nothing of its neighbours.
     if not any("::" in argument for argument in config.args) and not config.getoption("collectonly", default=False):
-        found = stale_baselines(config.stash.get(COLLECTED, {}))
+        found = stale_baselines(config.stash.get(COLLECTED, {}), config.stash.get(FOLDERS, set()))
         config.stash.setdefault(FOUND_STALE, set()).update(str(path) for path in found)
     output = getattr(config, "workeroutput", None)
     if output is not None:
@@ -146,10 +154,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.line(f"{path}: no test has it. Move it where its test went, or delete it.")
 
 
-def stale_baselines(collected: Collected) -> list[Path]:
-    """Files of modules that were collected and do not have the test any more, and of modules that are gone."""
+def stale_baselines(collected: Collected, folders: Iterable[Path]) -> list[Path]:
+    """Files of modules that were collected and do not have the test any more, and of modules that are gone.
+
+    folders  of baselines that collecting came by, beside those of the collected modules
+    """
     stale = []
-    for folder in {path.parent / FOLDER for path in collected}:
+    for folder in {*folders, *(path.parent / FOLDER for path in collected)}:
         for file in sorted(folder.glob("*/*.json")):
             module = folder.parent / f"{file.parent.name}.py"
             if module not in collected and module.exists():

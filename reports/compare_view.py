@@ -173,7 +173,7 @@ def summed(changes: Sequence[Change]) -> list[Summary]:
 
 
 def summaries(changes: Sequence[Change]) -> list[str]:
-    """One line a metric: how many are equal, and the largest rise and fall."""
+    """One line a metric: how many are equal, and the largest rise and fall; or that there is none."""
     found = summed(changes)
     width = max((len(summary.metric) for summary in found), default=0)
     lines = []
@@ -182,7 +182,7 @@ def summaries(changes: Sequence[Change]) -> list[str]:
         words += [f"largest rise {change_text(rise)} ({rise.where})"] if rise else []
         words += [f"largest fall {change_text(fall)} ({fall.where})"] if fall else []
         lines.append(f"{metric:<{width}}  {', '.join(words)}")
-    return lines
+    return lines or ["no figure could be compared"]
 
 
 def shortened(lines: Sequence[str], has_all: str = "--json") -> list[str]:

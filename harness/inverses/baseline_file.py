@@ -89,11 +89,18 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def write(path: Path, contents: Mapping[str, Any]) -> None:
-    """Sorted, a line for each figure, and whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Sorted, a line for each figure, and whole or not at all. Raises BaselineError where nothing can be written."""
+    text = json.dumps(contents, indent=1, sort_keys=True, allow_nan=False) + "\n"
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(contents, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise BaselineError(
+            f"{path}: cannot be written ({error.strerror}). Write it where the tests' folder can be written, and "
+            "commit it."
+        ) from None
 
 
 def refuse_tolerances(tolerances: Mapping[str, float]) -> None:

@@ -146,3 +146,9 @@ def test_what_is_no_text_or_no_file_is_refused(path: Path) -> None:
 @pytest.mark.parametrize("contents", [[], 1, {}, {"schema": 2}, {"schema": "1"}])
 def test_another_schema_is_refused(path: Path, contents: object) -> None:
     assert "not a baseline of schema 1. Restore" in refusal(path, contents)
+
+
+def test_where_nothing_can_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "inverse_baselines").write_text("a file where a folder belongs")
+    with pytest.raises(BaselineError, match=r"test_net\.json: cannot be written \("):
+        write(tmp_path / "inverse_baselines" / "test_net.json", WHOLE)

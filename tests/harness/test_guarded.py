@@ -50,6 +50,41 @@ def test_a_guard_that_finds_nothing_changes_no_loss_and_no_byte(trial: Trial, sp
     assert {plain.record.unmeasured[name] for name in GUARD_METRICS} == {"the study's guard_every is 0"}
 
 
+@pytest.mark.parametrize("stage", range(4))
+def test_two_ranks_are_guarded_at_every_stage_and_learn_the_same(trial: Trial, spec: TrialSpec, stage: int) -> None:
+    changes = {"workers": 2, "measured_steps": 3}
+    done = trial(spec, **changes, zero_stage=stage, guard_every=2)
+    assert done.record.status == "ok", done.record.reason
+    assert losses(done) == losses(trial(spec, **changes))
+    assert [row.index for row in done.trace if row.table == "guard"] == [1, 3]
+    assert done.record.metrics["guard_checks"] == 2
+    assert 0 < done.record.metrics["guard_rel_max"] < 1e-5
+
+
+ON_RANK_1 = {"model": "faulty_models:wavers_on_rank_1", "depth": None, "workers": 2, "measured_steps": 3}
+
+
+@pytest.mark.parametrize(("action", "checks", "stored_step"), [("store", 1, 1), ("warn", 3, None)])
+def test_what_one_of_two_ranks_finds_is_the_trial_s(
+    trial: Trial, spec: TrialSpec, action: str, checks: int, stored_step: int | None
+) -> None:
+    done = trial(spec, **ON_RANK_1, guard_every=1, guard_action=action)
+    assert done.record.status == "ok", done.record.reason
+    # Rank 0 goes on rebuilding, and its comparisons count where rank 1 has none any more.
+    compared = [row for row in done.trace if row.table == "guard"]
+    assert [row.index for row in compared] == [1, 2, 3]
+    assert sum(row.value > 1e-3 for row in compared) == checks
+    assert done.record.metrics["guard_rel_max"] == max(row.value for row in compared)
+    assert done.record.metrics.get("guard_stored_step") == stored_step
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_guard_that_stores_is_refused_where_ranks_have_to_agree(trial: Trial, spec: TrialSpec, stage: int) -> None:
+    done = trial(spec, workers=2, zero_stage=stage, guard_every=1, guard_action="store")
+    assert done.record.status == "unsupported", done.record.reason
+    assert "action='store' is decided by each rank for itself" in (done.record.reason or "")
+
+
 def sizes(found: Supervised) -> dict[str, float]:
     # The system's own figure is of the process.
     metrics = found.record.metrics.items()

@@ -170,6 +170,24 @@ def test_a_renamed_or_moved_test_is_asked_for_its_baseline(project: pytest.Pytes
     assert len(re.findall("no test has it", moved.stdout.str())) == 4
 
 
+def test_a_baseline_in_a_folder_that_its_last_test_left_is_stale(project: pytest.Pytester, run: Run) -> None:
+    run()
+    for name in ("old", "new"):
+        (project.path / name).mkdir()
+    (project.path / "inverse_baselines").rename(project.path / "old" / "inverse_baselines")
+    (project.path / "test_blocks.py").rename(project.path / "old" / "test_blocks.py")
+    python = ("-o", "pythonpath=.")
+    in_place = run(*python)
+    assert outcomes(in_place) == {"passed": 2}
+    assert "no test has it" not in in_place.stdout.str()
+    (project.path / "old" / "test_blocks.py").rename(project.path / "new" / "test_blocks.py")
+    moved = run(*python)
+    assert outcomes(moved) == {"failed": 2}
+    assert len(re.findall(r"old.*no test has it", moved.stdout.str())) == 2
+    # What was not asked for may have its tests.
+    assert "no test has it" not in run(*python, "new").stdout.str()
+
+
 def test_what_was_not_asked_for_is_not_stale(project: pytest.Pytester, run: Run) -> None:
     run()
     for options in (["-k", "2"], ["test_blocks.py::test_shift[2]"], ["--collect-only"]):

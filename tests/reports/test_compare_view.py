@@ -8,7 +8,7 @@ from harness.record import Record
 from reports.compare import REGRESSION
 from reports.compare_markdown import as_markdown, escaped
 from reports.compare_view import MOST_LINES, as_json, as_text
-from tests.reports.conftest import PEAK, Compare, scaled, trial, without
+from tests.reports.conftest import PEAK, Compare, on, scaled, trial, without
 
 HOSTILE = "a | b <script>alert(1)</script> `code` [x](http://y) **bold** \x1b[31m\nnext"
 
@@ -55,3 +55,10 @@ def test_much_that_is_worse_is_cut_short_and_the_data_have_all(compared: Compare
     assert len(data["regressions"]) == len(base)
     assert (data["exit_code"], data["limits"]) == (REGRESSION, [f"{PEAK}:+2%"])
     assert data["regressions"][0]["fraction"] == pytest.approx(1)
+
+
+def test_where_nothing_could_be_compared_it_says_so(compared: Compare) -> None:
+    for run, said in (([on(trial(1), torch="2.14.0+cpu")], True), ([trial(1)], False)):
+        found = compared([trial(1)], run)
+        assert ("\n  no figure could be compared\n" in as_text(found)) is said
+        assert ("\n- no figure could be compared\n" in as_markdown(found)) is said
