@@ -192,8 +192,8 @@ class ChainRun:
                 if isinstance(block, SpaceToDepth):
                     _restore(block, s1, s2)
                 else:
-                    s2.change(block.undo, self.precision.residual(self.replayed(index, block, "g", s1.value)))
-                    s1.change(block.undo, self.precision.residual(self.replayed(index, block, "f", s2.value)))
+                    self._undo_half(index, block, "g", s1, s2)
+                    self._undo_half(index, block, "f", s2, s1)
                 if observe:
                     observe(index, (s1.value, s2.value))
         return s1.value, s2.value
@@ -244,6 +244,10 @@ class ChainRun:
         run.side = self.side | tensors
         return run
 
+    def _residual(self, block: Coupling, out: Tensor, stream: Tensor) -> Tensor:
+        narrower = torch.promote_types(out.dtype, stream.dtype) == stream.dtype
+        return out if block.widens and narrower and not self.precision.exact else self.precision.residual(out)
+
     def _new_replay(self, net: nn.Module, device: torch.device) -> Replay:
         return Replay(net, device, bitwise=self._bitwise)
 
@@ -271,13 +275,16 @@ class ChainRun:
 
         with located(f"couplings[{index}].{name}: "), replay.recording():
             out = meter.net(index, call, source.value) if meter else call(source.value)
-        residual = self.precision.residual(out)
         if meter:
-            target.replace(meter.update(index, block.update, target.value, residual))
+            target.replace(meter.update(index, block.update, target.value, self.precision.residual(out)))
         else:
-            target.change(block.update, residual)
+            target.change(block.update, self._residual(block, out, target.value))
         if self._watch:
             self._watch.note(index, target.value)
+
+    def _undo_half(self, index: int, block: Coupling, name: NetName, source: Buffer, target: Buffer) -> None:
+        out = self.replayed(index, block, name, source.value)
+        target.change(block.undo, self._residual(block, out, target.value))
 
     def _backward_half(
         self,
@@ -294,7 +301,7 @@ class ChainRun:
         with torch.set_grad_enabled(d_target.value is not None):
             out = self.replayed(index, block, name, leaf)
         with torch.no_grad():
-            residual = self.precision.residual(out.detach())
+            residual = self._residual(block, out.detach(), target.value)
             target.change(block.undo, residual)
             d_residual = d_target.pull(block, target.value, residual)
         root, dtype = root_of(out), out.dtype

@@ -24,7 +24,12 @@ class Coupling(nn.Module):
     A subclass says how a stream changes (`update`), how that is undone (`undo`), and what gradients it passes on
     (`pull`). All three get the net's output as it reaches the streams, in their dtype: the residual. With `in_place`
     the first tensor is the caller's to be written to, and may be what is returned.
+
+    A subclass that `widens` takes a residual of a narrower dtype too, and computes with it as if it had been widened
+    before: that saves a pass over the stream and a temporary of its size.
     """
+
+    widens = False
 
     def __init__(self, f: nn.Module, g: nn.Module) -> None:
         super().__init__()
@@ -128,6 +133,8 @@ class AdditiveCoupling(Coupling):
 
     Source: Gomez et al. 2017, arXiv:1707.04585, eq. 6 to 8.
     """
+
+    widens = True
 
     def update(self, stream: Tensor, residual: Tensor, *, in_place: bool = False) -> Tensor:
         return stream.add_(residual) if in_place else stream + residual

@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
-from revnet_core import ACTIVATIONS, Precision
+from revnet_core import ACTIVATIONS, AdditiveCoupling, Precision
 from tests.core.nets import (
     FP64,
+    IMAGE_NCHW,
     assert_same,
     gradients_of,
     input_of,
@@ -248,3 +250,41 @@ def test_precision_of_the_reconstruction_reaches_the_output() -> None:
     assert sequence_of("conv_bn", precision=FP64)(input_of("conv_bn")).dtype == torch.float64
     half = sequence_of("conv_bn", precision=Precision(reconstruction="bf16"))
     assert half(input_of("conv_bn", torch.float32)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("reconstruction", ["fp32", "fp64"])
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_an_addition_that_widens_gives_the_same_bits_with_fewer_casts(
+    reconstruction: str, compute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    precision = Precision(compute, reconstruction)
+    found: list[tuple[int, list[Tensor]]] = []
+    for widens in (True, False):
+        torch.manual_seed(0)
+        model = sequence_of("conv_bn", 3, precision=precision).float().train()
+        monkeypatch.setattr(AdditiveCoupling, "widens", widens)
+        x = torch.randn(IMAGE_NCHW, requires_grad=True)
+        with Casts(precision.stream_dtype) as casts:
+            y = model(x)
+            weighted_sum(y).backward()
+        assert x.grad is not None
+        found.append((casts.count, [y, x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]))
+    (fewer, ours), (more, plain) = found
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    # Of F and G, in the forward and in the backward.
+    narrow = compute == "bf16" or reconstruction == "fp64"
+    assert more - fewer == (3 * 2 * 2 if narrow else 0)
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts to a dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == self.dtype:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
