@@ -67,7 +67,7 @@ class ObstacleWatch:
     `random` and NumPy, whose draws are frozen; plain Python that depends on the time, or on a number that no module and
     no optimizer holds; operations that wait for the device without torch saying so; what does not run in this step,
     like the other branch. The watch installs no hooks and changes nothing that the step computes. On meta, which has no
-    contents, values that are read are those of ones.
+    contents, every value that is read is one, or true.
     """
 
     def __init__(
@@ -101,6 +101,12 @@ class ObstacleWatch:
             for name, reason in self._kept.changes():
                 module = None if name is None else self._title(self._model.get_submodule(name))
                 self._add([Obstacle(reason.operation, module, "forward" if module else "optimizer", None, *reason[1:])])
+            # What was seen of the optimizer says more.
+            seen = any(found.phase == "optimizer" for found in self._found)
+            if self._optimizer and not seen and _is_uncapturable(self._optimizer):
+                what, remedy = f"{type(self._optimizer).__name__}.step", _remedy_in(self._optimizer)
+                why = "with capturable=False it keeps its steps on the host, and refuses to be captured"
+                self._add([Obstacle(what, None, "optimizer", None, why, remedy)])
         del self._kept
 
     def note(self, reason: Reason) -> None:
@@ -134,8 +140,8 @@ def find_obstacles(
     optimizer  makes one from parameters; None: forward and backward alone
 
     No GPU is needed, and no memory but for what stays on the host. The second step counts, since the first may create
-    what is kept. A branch that depends on the contents goes on as with ones, so the other is not looked at; nor is
-    code for which `x.is_cuda` has to be true. See `ObstacleWatch` for what is not seen.
+    what is kept. A branch that depends on the contents goes on as if the condition were true, so the other is
+    not looked at; nor is code for which `x.is_cuda` has to be true. See `ObstacleWatch` for what is not seen.
 
     An error of the step is raised, unless obstacles were found before it: it may come of them.
     """
@@ -143,7 +149,8 @@ def find_obstacles(
     criterion = blank_copy(loss) if isinstance(loss, nn.Module) else loss
     found = dict.fromkeys(_own_limits(model))
     with optimizers_allowed(), torch.random.fork_rng(devices=[]):
-        made = optimizer(list(twin.parameters())) if optimizer else None
+        with ObstacleWatch(twin, "meta"):  # for what it reads of settings that are on `meta`
+            made = optimizer(list(twin.parameters())) if optimizer else None
         watch, failed = _watched_step(twin, criterion, batch, made)
         if not failed:
             watch, failed = _watched_step(twin, criterion, batch, made)
@@ -256,9 +263,14 @@ def _title(name: str, module: nn.Module) -> str:
     return f"{name or 'the model'} ({type(module).__name__})"
 
 
+def _is_uncapturable(optimizer: torch.optim.Optimizer) -> bool:
+    # One that is being made has no groups yet.
+    return any(group.get("capturable") is False for group in getattr(optimizer, "param_groups", ()))
+
+
 def _remedy_in(optimizer: torch.optim.Optimizer) -> str:
     kind = type(optimizer).__name__
-    if any(group.get("capturable") is False for group in optimizer.param_groups):
+    if _is_uncapturable(optimizer):
         return f"Use {kind}(..., capturable=True), which keeps its steps on the device."
     return (
         f"{kind} does this in its step: give it floats, not tensors, for its settings, or use an optimizer that keeps "

@@ -85,6 +85,8 @@ def test_state_that_each_replay_changes_or_writes(action: Action) -> None:
     [
         (torch.optim.Adam, {"aten._local_scalar_dense"}, r"Adam(..., capturable=True)"),
         (torch.optim.AdamW, {"aten._local_scalar_dense"}, r"AdamW(..., capturable=True)"),
+        (lambda p: torch.optim.Adam(p, fused=True), {"Adam.step"}, "capturable=True"),
+        (torch.optim.RMSprop, {"RMSprop.step"}, "RMSprop(..., capturable=True)"),
         (torch.optim.Adagrad, {"aten._local_scalar_dense"}, "such as SGD"),
         (lambda p: torch.optim.SGD(p, lr=torch.tensor(0.1)), {"aten._local_scalar_dense"}, "floats, not tensors"),
         (Momentum, {"Momentum.state[...]['steps'] = ...", "Momentum.state[...]['velocity'] = ..."}, "in place"),
@@ -102,6 +104,8 @@ def test_an_optimizer_that_keeps_state_on_the_host(optimizer: Any, operations: s
     [
         lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=1e-4),
         lambda p: torch.optim.Adam(p, capturable=True),
+        lambda p: torch.optim.Adam(p, torch.tensor(0.1, device="meta"), capturable=True),
+        lambda p: torch.optim.RMSprop(p, capturable=True),
         lambda p: torch.optim.AdamW(p, capturable=True, fused=True),
     ],
 )
@@ -233,3 +237,42 @@ def test_threads_of_autograd_are_watched_and_others_are_not() -> None:
         out.sum().backward()
     assert len(Deep.threads) == 2
     assert [(o.operation, o.phase) for o in watch.obstacles] == [("Tensor.tolist", "backward")]
+
+
+# As they are written they can run on meta only; and whether torch's inverse can be captured depends on its backend.
+NOT_ON_A_GPU = ("own generator", "event", "numpy", "checked inverse")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8")
+@pytest.mark.parametrize("case", [case for case in CASES if case not in NOT_ON_A_GPU])
+def test_on_a_gpu_the_same_is_found_and_the_rest_is_captured(case: str) -> None:
+    action, operation, alike = CASES[case]
+    x, target = torch.rand(3, 4, device="cuda"), torch.rand(3, 4, device="cuda")
+
+    def watched(action: Action) -> tuple[Callable[[], None], list[Obstacle]]:
+        model = nn.Sequential(nn.Linear(4, 4), Acting(action)).cuda()
+
+        def step() -> None:
+            model.zero_grad()
+            F.mse_loss(model(x).float(), target).backward()
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+            with ObstacleWatch(model, "cuda") as watch:
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        model.zero_grad()
+        return step, watch.obstacles
+
+    assert operation in {o.operation for o in watched(action)[1]}
+    step, obstacles = watched(alike)
+    assert obstacles == []
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    graph.replay()
+    torch.cuda.synchronize()
