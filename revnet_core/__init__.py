@@ -37,6 +37,8 @@ from revnet_core.networks import check_depth as check_depth
 from revnet_core.networks import check_log_scale_gain as check_log_scale_gain
 from revnet_core.networks import create_model as create_model
 from revnet_core.networks import list_models as list_models
+from revnet_core.obstacles import Obstacle as Obstacle
+from revnet_core.obstacles import find_obstacles as find_obstacles
 from revnet_core.precision import Precision as Precision
 from revnet_core.sequence import ACTIVATIONS as ACTIVATIONS
 from revnet_core.sequence import ReversibleSequence as ReversibleSequence

@@ -79,9 +79,10 @@ class Precision:
         return 2.0 ** (SIGNIFICAND_BITS[self.stream_dtype] - self.grid_bits)
 
     def autocast(self, device_type: str) -> contextlib.AbstractContextManager[object]:
-        """The autocast of `compute`; the caller's own where compute asks for none."""
+        """The autocast of `compute`; the caller's own where compute asks for none, and on `meta`."""
         dtype = AUTOCAST_DTYPES[self.compute]
-        if dtype is None:
+        # Torch has no autocast for tensors without contents, and casts none.
+        if dtype is None or device_type == "meta":
             return contextlib.nullcontext()
         return torch.autocast(device_type, dtype=dtype, cache_enabled=False)
 
