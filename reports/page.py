@@ -17,7 +17,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from harness.store import LAWS, RunStore
-from reports import verdict
+from reports import fidelity, verdict
 from reports.columns import columns_of
 from reports.datatables import datatables_css, datatables_js
 from reports.frames import frame_of, laws, missing_ids
@@ -120,6 +120,6 @@ def _answers(frame: pd.DataFrame) -> list[str]:
         *verdict.growth_sentences(frame, "activation_peak_bytes", "growth of the activation peak"),
         *verdict.saving_sentences(frame),
         *(sentence for sentence in verdict.time_sentences(frame) if "reconstructed" in sentence),
-        *verdict.drift_sentences(frame),
-        *verdict.guard_sentences(frame),
+        *fidelity.drift_sentences(frame),
+        *fidelity.guard_sentences(frame),
     ]
