@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from harness.store import RunStore
-from reports import amplification, fidelity, figures, predictions, timeline, training, verdict
+from reports import amplification, drift_figures, fidelity, figures, predictions, timeline, training, verdict
 from reports.frames import trace_frames
 from reports.memory_figures import memory_against
 
@@ -168,14 +168,14 @@ def _drift(frame: pd.DataFrame, traces: pd.DataFrame) -> Section:
         _view(
             "drift",
             "error by block",
-            lambda: figures.drift_by_block(frame, traces),
+            lambda: drift_figures.drift_by_block(frame, traces),
             lambda: fidelity.error_sentences(frame, traces),
         )
     ]
     angles = _view(
         "angle",
         "gradient angle by depth",
-        lambda: figures.angle_against_depth(frame),
+        lambda: drift_figures.angle_against_depth(frame),
         lambda: fidelity.angle_sentences(frame),
     )
     if angles.figure is not None:
