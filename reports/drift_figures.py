@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from reports.dress import FLOOR_LOOK, add_key, darkened, dressed, lined, marked, points, strategy_styles
 
-_SPELLED = {"channels": "channels {}", "log_scale_gain": "gain {:g}", "data.image_size": "{} px"}
+_SPELLED = {"channels": "channels {}", "log_scale_gain": "gain {}", "data.image_size": "{} px"}
 
 
 def angle_against_depth(frame: pd.DataFrame) -> go.Figure | None:

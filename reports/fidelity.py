@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from reports.largest import amount, at_most, largest, lost_text
+from reports.largest import amount, at_most, largest
 from reports.pairs import answer_first
 
 DRIFT, ANGLE, FLOOR = "drift_max_rel", "gradient_angle_deg", "stored_reference_angle_deg"
@@ -19,9 +19,9 @@ def drift_sentences(frame: pd.DataFrame) -> list[str]:
         if not drift.of:
             continue
         sentence = f"{name}: the relative drift is {at_most(drift, zero=EXACT)}"
-        if angle := at_most(largest(rows, ANGLE), " degrees"):
-            sentence += f"; gradients are {angle} from the stored ones"
-        sentence += _floor(rows, reconstruction, ", which are themselves")
+        angle = largest(rows, ANGLE)
+        if angle.of:
+            sentence += f"; {_angle(rows, at_most(angle, ' degrees'), reconstruction)}"
         sentences.append(sentence + ".")
     return sentences
 
@@ -49,10 +49,9 @@ def angle_sentences(frame: pd.DataFrame) -> list[str]:
         angle = largest(own, ANGLE)
         if not angle.of:
             continue
-        where = "" if angle.row is None else f" (depth {own.loc[angle.row, 'depth']:.0f})"
-        sentence = f"{strategy}: the gradient is {at_most(angle, ' degrees', where=where)} from the stored one"
+        where = "" if angle.row is None else f"depth {own.loc[angle.row, 'depth']:.0f}"
         exact = "exact" if "reconstruction" in own and (own["reconstruction"] == "exact").all() else ""
-        sentences.append(sentence + _floor(own, exact, ", which is itself") + ".")
+        sentences.append(f"{strategy}: {_angle(own, at_most(angle, ' degrees', where=where), exact)}.")
     return sentences
 
 
@@ -91,22 +90,20 @@ def _rebuilt(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
         yield f"{strategy} (compute {compute}, reconstruction {reconstruction})", str(reconstruction), rows
 
 
-def _floor(rows: pd.DataFrame, reconstruction: str, which: str) -> str:
-    floor = largest(rows, FLOOR)
-    if not floor.of:
-        return ""
+def _angle(rows: pd.DataFrame, angle: str, reconstruction: str) -> str:
+    floor = at_most(largest(rows, FLOOR), " degrees")
     grid = ", rounding to the grid included" if reconstruction == "exact" else ""
-    if floor.row is None:
-        return f"{which} {lost_text(floor)} degrees from float64{grid}"
-    return f"{which} {at_most(floor, ' degrees')} from float64{grid}"
+    return f"the gradient's angle to the stored one is {angle}" + (
+        f", that one's to float64 {floor}{grid}" * bool(floor)
+    )
 
 
 def _block(trial: pd.Series, traces: pd.DataFrame) -> str:
-    """` (depth 26, block 0 of 6, counted from 0)`, as far as that is known."""
+    """`depth 26, block 0 of 6, counted from 0`, as far as that is known."""
     known = [] if pd.isna(trial["depth"]) else [f"depth {trial['depth']:.0f}"]
     errors = traces[(traces["id"] == trial["id"]) & (traces["name"] == "rel")] if len(traces) else traces
     values = errors["value"].astype(float).dropna() if len(errors) else []
     if len(values):
         index = errors.set_index("index")["value"].astype(float).idxmax()
         known.append(f"block {index} of {errors['index'].nunique()}, counted from 0")
-    return f" ({', '.join(known)})" if known else ""
+    return ", ".join(known)

@@ -39,20 +39,16 @@ def amount(value: float) -> str:
 
 
 def at_most(found: Largest, unit: str = "", *, zero: str = "0", where: str = "") -> str:
-    """`at most 3e-07`, and in how many trials it is not a number; "" where no trial measured it.
+    """`at most 3e-07`, and behind it in how many trials it is not a number; "" where no trial measured it.
 
     zero   what to say where all that are finite are 0
-    where  behind the number, in brackets, such as the trial that has it
+    where  what stands in the same brackets, such as the trial that has it
     """
-    if not found.of:
-        return ""
     if found.row is None:
         return lost_text(found)
-    said = f"{zero}{unit if zero == '0' else ''}" if found.value == 0 else f"at most {amount(found.value)}{unit}{where}"
-    if not found.lost:
-        return said
-    # What is 0, or at most so much, is so of the others alone.
-    return f"{said} where it is a number, but {lost_text(found)}"
+    said = zero + unit * (zero == "0") if found.value == 0 else f"at most {amount(found.value)}{unit}"
+    notes = [where] * bool(where and found.value) + [f"but {lost_text(found)}"] * bool(found.lost)
+    return said + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def lost_text(found: Largest) -> str:

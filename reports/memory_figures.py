@@ -85,8 +85,8 @@ def memory_against(frame: pd.DataFrame, metric: str, label: str, axis: Axis = "d
         # One range for all panels, so that one that a filter empties keeps its scale.
         figure.update_xaxes(title_text=against.title, matches="x" if column > 1 else None, row=1, col=column)
     figure.update_yaxes(title_text=f"{label} (MiB)", rangemode="tozero", row=1, col=1)
-    _add_slopes(figure, slopes, frame[axis], top_mib)
-    _add_keys(figure, f"least squares; at its end, MiB per {against.per}")
+    has_slopes = _add_slopes(figure, slopes, frame[axis], top_mib)
+    _add_keys(figure, "least squares" + f"; at its end, MiB per {against.per}" * has_slopes)
     _add_capacity(figure, limits, top_mib, any_oom=bool((frame["status"] == "oom").any()))
     return dressed(figure, f"{label} in MiB against {against.title}, by strategy")
 
@@ -177,11 +177,11 @@ def _add_line(
     return _End(x[-1], y_mib[-1], text, style[0], meta, where)
 
 
-def _add_slopes(figure: go.Figure, panels: list[list[_End]], x: pd.Series, top_mib: float) -> None:
-    """The slope of each line at its end, one above the other where ends are close; none where there are too many."""
-    most = max(map(len, panels))
-    if not 0 < most <= SLOPES:
-        return
+def _add_slopes(figure: go.Figure, panels: list[list[_End]], x: pd.Series, top_mib: float) -> bool:
+    """The slope of each line at its end, one above the other where ends are close. Returns whether there are any: of
+    too many lines there are none."""
+    if not 0 < max(map(len, panels)) <= SLOPES:
+        return False
     # Each panel has the same width of text, and is the narrower the more there are.
     room = min(0.9, 0.13 * len(panels)) * float(x.max() - x.min())
     for ends in panels:
@@ -203,6 +203,7 @@ def _add_slopes(figure: go.Figure, panels: list[list[_End]], x: pd.Series, top_m
                 meta=end.meta,
                 **end.where,
             )
+    return True
 
 
 def _add_keys(figure: go.Figure, line: str) -> None:

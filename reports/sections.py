@@ -98,7 +98,8 @@ def _memory(frame: pd.DataFrame) -> Section:
         "gradients, optimizer state and the batch allocated before it; so activations, reconstruction buffers and "
         "temporaries. Under ZeRO 1 to 3 also the engine's buckets of reduced gradients. Saved activations: bytes alive "
         "between forward and backward, above the same level. Lines: least squares per block, or per sample, through "
-        "the medians of repeats; at their ends the slope, ± half of its 95 % interval, which of three points is wide. "
+        "the medians of repeats; at their ends, where there is room, the slope ± half of its 95 % interval, which of "
+        "three points is wide. "
         "Bars: lowest to highest of the repeats. Dashed: predicted before the trial ran. An "
         "open cross ran out of memory; dotted: where the memory ends.",
     )

@@ -32,18 +32,9 @@ def rebuilt(*drifts: float, **changes: Any) -> list[Record]:
     [
         ((2e-7, 3e-7), "the relative drift is at most 3e-07;"),
         ((0.0, 0.0), "the relative drift is 0: every rebuilt input equals the original bit for bit;"),
-        (
-            (2e-7, NAN, NAN),
-            "the relative drift is at most 2e-07 where it is a number, but not a number in 2 of 3 trials;",
-        ),
-        (
-            (2e-7, NAN, -INF),
-            "at most 2e-07 where it is a number, but not a number in 1 of 3 trials and infinite in 1 of 3 trials;",
-        ),
-        (
-            (0.0, NAN),
-            "0: every rebuilt input equals the original bit for bit where it is a number, but not a number in 1 of 2",
-        ),
+        ((2e-7, NAN, NAN), "the relative drift is at most 2e-07 (but not a number in 2 of 3 trials);"),
+        ((2e-7, NAN, -INF), "at most 2e-07 (but not a number in 1 of 3 trials and infinite in 1 of 3 trials);"),
+        ((0.0, NAN), "0: every rebuilt input equals the original bit for bit (but not a number in 1 of 2 trials);"),
         ((NAN, NAN), "the relative drift is not a number in all 2 trials;"),
         ((INF,), "the relative drift is infinite;"),
     ],
@@ -56,7 +47,7 @@ def test_a_drift_that_is_no_number_is_said(drifts: tuple[float, ...], said: str)
 def test_the_view_of_errors_says_it_too_and_the_summary_does() -> None:
     frame = frame_of(rebuilt(2e-7, NAN))
     (sentence,) = error_sentences(frame, trace_frame_of_none())
-    assert "at most 2e-07 (depth 38) where it is a number, but not a number in 1 of 2 trials." in sentence
+    assert "at most 2e-07 (depth 38; but not a number in 1 of 2 trials)." in sentence
     (row,) = summary(frame)
     assert row.drift == "2e-07 (not a number in 1 of 2 trials)"
     (row,) = summary(frame_of(rebuilt(NAN)))
@@ -80,7 +71,7 @@ def test_what_was_not_measured_is_not_counted_as_lost() -> None:
 def test_an_angle_that_is_no_number_is_said_in_both_views(metric: str) -> None:
     frame = frame_of([trial(0, **REBUILT), lost(trial(1, seed=1, **REBUILT), **{metric: NAN})])
     for (sentence,) in (drift_sentences(frame), angle_sentences(frame)):
-        assert "where it is a number, but not a number in 1 of 2 trials" in sentence
+        assert "but not a number in 1 of 2 trials)" in sentence
     both = frame_of([lost(trial(0, **REBUILT), **{metric: NAN})])
     for (sentence,) in (drift_sentences(both), angle_sentences(both)):
         assert "not a number" in sentence
@@ -100,10 +91,10 @@ def test_each_view_of_drift_has_sentences_of_its_own(make_run: Make) -> None:
         "5e-07 (depth 38, block 1 of 3, counted from 0)."
     ]
     assert angle_sentences(frame) == [
-        "revnet · reconstructed: the gradient is at most 0.004 degrees (depth 14) from the stored one, which is itself "
-        "at most 5e-05 degrees from float64.",
-        "revnet · checkpointed: the gradient is 0 degrees from the stored one, which is itself at most 5e-05 degrees "
-        "from float64.",
+        "revnet · reconstructed: the gradient's angle to the stored one is at most 0.004 degrees (depth 14), that "
+        "one's to float64 at most 5e-05 degrees.",
+        "revnet · checkpointed: the gradient's angle to the stored one is 0 degrees, that one's to float64 at most "
+        "5e-05 degrees.",
     ]
 
 

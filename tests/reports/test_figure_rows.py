@@ -102,6 +102,7 @@ def test_of_too_many_lines_no_slope_is_written() -> None:
     figure: Any = memory_against(frame_of(records), PEAK, "activation peak")
     assert len(fitted_in(figure)) == SLOPES + 1
     assert slopes_in(figure) == []
+    assert not any("at its end" in (trace.name or "") for trace in figure.data)
 
 
 def test_of_many_batches_the_least_the_largest_and_some_between_have_a_panel() -> None:

@@ -116,7 +116,7 @@ def test_a_network_without_a_depth_or_with_one_precision_is_called_so(make_run: 
         "revnet14 · fp32",
         "revnet26 · fp32, reconstruction exact",
         "own · fp32, gain 0.1",
-        "own · bf16, gain 1",
+        "own · bf16, gain 1.0",
     }
 
 
