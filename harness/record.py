@@ -15,6 +15,8 @@ from harness.errors import RecordError
 from harness.plain_json import read_json
 
 SCHEMA = 1
+_VALUE_IS = "the value is {}"
+_NOT_FINITE = {_VALUE_IS.format(value): value for value in (math.nan, math.inf, -math.inf)}
 
 Status = Literal["ok", "oom", "diverged", "unsupported", "timeout", "crashed", "failed"]
 STATUSES: tuple[Status, ...] = get_args(Status)
@@ -135,8 +137,13 @@ def as_metrics(
         if value is None:
             reasons.setdefault(name, "not measured")
         elif name not in metrics:
-            reasons[name] = f"the value is {value}"
+            reasons[name] = _VALUE_IS.format(value)
     return metrics, reasons
+
+
+def not_finite(reason: str) -> float | None:
+    """The value, NaN or infinite, that a reason of `as_metrics` names; None of every other reason."""
+    return _NOT_FINITE.get(reason)
 
 
 def trace_columns(rows: Iterable[TraceRow]) -> dict[str, list[Any]]:

@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from reports.dress import dressed, strategy_styles
+from reports.dress import dressed, marked, strategy_styles
 
 TABLE = "amplification"
 COLUMNS = 3
@@ -84,7 +84,7 @@ def amplification_by_block(frame: pd.DataFrame, causes: pd.DataFrame, drift: pd.
                 name=label,
                 legendgroup=label,
                 showlegend=False,
-                marker={"color": color, "symbol": marker, "size": 7, "line": {"width": 1, "color": "#333"}},
+                marker=marked(color, marker) | {"size": 7},
                 meta={"all": [network.row]},
                 hovertemplate=f"block %{{x}}: %{{customdata:.2e}} {label}<extra>{network.name}</extra>",
                 **look,

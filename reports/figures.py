@@ -1,10 +1,7 @@
 """Frames to Plotly figures, one function a figure. Units on every axis; 1 MiB = 2**20 bytes."""
 
 import math
-from collections.abc import Hashable, Sequence
-from typing import Any
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -21,7 +18,7 @@ BARS, ARROWS, LINES = 500, 200, 1000
 
 def time_against_memory(frame: pd.DataFrame) -> go.Figure | None:
     """Median step time in ms against activation peak in MiB; an arrow leads from stored to the others of one cell, and
-    a ring marks what no other trial of the same depth and batch beats in both."""
+    a ring marks the Pareto front."""
     needed = ["step_median_s", "activation_peak_bytes"]
     if any(name not in frame for name in needed):
         return None
@@ -46,12 +43,13 @@ def time_against_memory(frame: pd.DataFrame) -> go.Figure | None:
         meta={"segments": [list(pair) for pair in pairs]},
     )
     front = pareto_front(usable)
+    ringed = set(front)
     figure.add_scatter(
         x=x[front],
         y=y[front],
         mode="markers",
         name="Pareto front of its depth and batch",
-        marker={"symbol": "circle-open", "size": 15, "color": "#222", "line": {"width": 1}},
+        marker={"symbol": "circle-open", "size": 24, "color": "#222", "line": {"width": 1}},
         hoverinfo="skip",
         meta=points([row] for row in front),
     )
@@ -76,7 +74,17 @@ def time_against_memory(frame: pd.DataFrame) -> go.Figure | None:
             marker=marked(color, marker),
             text=[_cell_name(depth, batch) for depth, batch in zip(rows["depth"], rows["batch_size"], strict=True)],
             hovertemplate="%{text}<br>%{x:.1f} MiB, %{y:.0f} ms<extra>%{fullData.name}</extra>",
-            meta=each(rows),
+            meta=each(rows)
+            | {
+                "more": {
+                    "depth": rows["depth"].tolist(),
+                    "batch": rows["batch_size"].tolist(),
+                    "bar from (ms)": (bars["low_s"] * 1e3).tolist(),
+                    "bar to (ms)": (bars["high_s"] * 1e3).tolist(),
+                    "bar is": [_bar_name(*bar) for bar in bars[["low_s", "of_median"]].itertuples(index=False)],
+                    "on the Pareto front": ["yes" if row in ringed else "no" for row in rows.index],
+                }
+            },
         )
     figure.update_xaxes(title_text="activation peak (MiB)", rangemode="tozero")
     figure.update_yaxes(title_text="step time, median (ms)", rangemode="tozero")
@@ -87,16 +95,22 @@ def _cell_name(depth: float, batch: float) -> str:
     return f"batch {batch:g}" if math.isnan(depth) else f"depth {depth:g}, batch {batch:g}"
 
 
+def _bar_name(low_s: float, of_median: bool) -> str:
+    return "none" if math.isnan(low_s) else "95 % interval of the median" if of_median else "quartiles of the steps"
+
+
 def pareto_front(rows: pd.DataFrame) -> list[int]:
-    """The rows that no other of the same depth, data, batch and ranks beats in both: activation peak and step time."""
+    """The rows that none of the same depth, data, batch and ranks beats: no other has as little of both activation peak
+    and step time, and less of one. Of equals all are in, or none."""
     front: list[int] = []
     for _, group in rows.groupby([field for field in _CHOICE if field in rows], sort=False, dropna=False):
+        # By ascending peak; the fastest of each, unless one of a lower peak is as fast.
         best = math.inf
-        ordered = group.sort_values(["activation_peak_bytes", "step_median_s"])
-        for row, step_s in zip(ordered.index.tolist(), ordered["step_median_s"].tolist(), strict=True):
-            if step_s < best:
-                best = step_s
-                front.append(row)
+        for _, equals in group.groupby("activation_peak_bytes"):
+            least = equals["step_median_s"].min()
+            if least < best:
+                best = least
+                front += equals.index[equals["step_median_s"] == least].tolist()
     return front
 
 
@@ -108,51 +122,6 @@ def from_stored(rows: pd.DataFrame) -> list[tuple[int, int]]:
         others = cell.index[cell["activations"] != "stored"].tolist()
         pairs += [(stored[0], other) for other in others if stored]
     return pairs
-
-
-def angle_against_depth(frame: pd.DataFrame) -> go.Figure | None:
-    """Gradient angle in degrees against depth, by strategy; dotted, how far the stored gradient is from float64.
-
-    An angle of 0, which a logarithmic axis has no place for, stands on a line of its own at the bottom. None when no
-    trial that rebuilds its activations has an angle and a depth.
-    """
-    angle, floor = "gradient_angle_deg", "stored_reference_angle_deg"
-    if angle not in frame:
-        return None
-    rows = frame[(frame["status"] == "ok") & (frame["activations"] != "stored")].dropna(subset=["depth", angle])
-    if rows.empty:
-        return None
-    values = pd.concat([rows[name] for name in (angle, floor) if name in rows])
-    positive = values[values > 0]
-    zero = 10.0 ** (math.floor(math.log10(positive.min())) - 1) if len(positive) else 1e-16
-    figure = go.Figure()
-    for strategy, (color, marker, _) in strategy_styles(frame).items():
-        own = rows[rows["strategy"] == strategy]
-        for name, look in (
-            (angle, {"mode": "lines+markers", "line": {"color": color, "width": 1.5}}),
-            (floor, {"mode": "lines", "line": {"color": color, "dash": "dot", "width": 1}}),
-        ):
-            if name not in own or own[name].isna().all():
-                continue
-            groups = own.dropna(subset=[name]).groupby("depth")
-            middle = groups[name].median()
-            figure.add_scatter(
-                x=middle.index,
-                y=middle.where(middle > 0, zero),
-                customdata=middle,
-                name=strategy if name == angle else f"{strategy}: stored against float64",
-                marker=marked(color, marker),
-                hovertemplate="%{customdata:.3g} degrees at depth %{x}<extra>%{fullData.name}</extra>",
-                meta=points(groups.groups.values()) | ({"kind": "floor"} if name == floor else {}),
-                **look,
-            )
-    powers = range(round(math.log10(zero)) + 1, 3)
-    step = max(1, len(powers) // 8)
-    ticks = {zero: "0"} | {10.0**power: f"1e{power}" if power else "1" for power in powers if power % step == 0}
-    figure.update_yaxes(type="log", tickvals=list(ticks), ticktext=list(ticks.values()))
-    figure.update_yaxes(title_text="gradient angle (degrees)")
-    figure.update_xaxes(title_text="depth (layers)")
-    return dressed(figure, "Gradient angle in degrees against depth, by strategy").update_layout(height=400)
 
 
 def predicted_against_measured(frame: pd.DataFrame) -> go.Figure | None:
@@ -183,7 +152,8 @@ def predicted_against_measured(frame: pd.DataFrame) -> go.Figure | None:
                 legendgroup=strategy,
                 showlegend=strategy not in named,
                 marker=marked(color, marker),
-                meta=each(rows[own]),
+                meta=each(rows[own])
+                | {"more": {"depth": rows.loc[own, "depth"].tolist(), "batch": rows.loc[own, "batch_size"].tolist()}},
                 text=[
                     f"depth {row.depth}, batch {row.batch_size}: predicted / measured = {row.ratio:.4f}"
                     for row in rows[own].itertuples()
@@ -197,82 +167,3 @@ def predicted_against_measured(frame: pd.DataFrame) -> go.Figure | None:
         figure.update_yaxes(title_text="predicted (MiB)", rangemode="tozero", row=1, col=column)
     description = f"Predicted against measured MiB of {' and '.join(titles)}, by strategy"
     return dressed(figure, description).update_layout(height=400)
-
-
-def drift_by_block(frame: pd.DataFrame, traces: pd.DataFrame) -> go.Figure | None:
-    """Heat map: a row a reconstructed trial, a column a block, log10 of the relative error.
-
-    An error of exactly 0 has its own colour, and NaN and infinity another. None when no trial has drift.
-    """
-    rel = traces[traces["name"] == "rel"] if len(traces) else traces
-    shown = frame[(frame["activations"] == "reconstructed") & frame["id"].isin(set(rel["id"]))] if len(rel) else rel
-    if shown.empty:
-        return None
-    # Drift depends on network and precision, not on the batch that is timed: one row each.
-    keys = [f for f in ("model", "depth", "compute", "reconstruction") if f in shown]
-    for field in ("channels", "log_scale_gain", "data.name", "data.image_size"):
-        if field in shown and shown[field].nunique(dropna=False) > 1:
-            keys.append(field)
-    same = shown.groupby(keys, dropna=False).groups.values()
-    lines = {row: group.tolist() for group in same for row in group}
-    shown = shown.sort_values([*keys, "batch_size"]).drop_duplicates(keys)
-    meta = {"lines": [lines[row] for row in shown.index]}
-    labels = [_network_name(row) for row in shown[keys].to_dict("records")]
-    blocks = range(int(rel[rel["id"].isin(set(shown["id"]))]["index"].max()) + 1)
-    table = rel.pivot_table(index="id", columns="index", values="value", dropna=False)
-    grid = table.reindex(index=shown["id"], columns=blocks).to_numpy(dtype=float)
-    measured = rel.assign(there=1).pivot_table(index="id", columns="index", values="there")
-    there = measured.reindex(index=shown["id"], columns=blocks).notna().to_numpy()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log10(grid)
-    finite = np.isfinite(logs)
-    figure = go.Figure()
-    x = [f"{block}" for block in blocks]
-    text = [[_drift_text(grid[i, j], there[i, j]) for j in blocks] for i in range(len(labels))]
-    if finite.any():
-        figure.add_heatmap(
-            z=np.where(finite, logs, np.nan),
-            x=x,
-            y=labels,
-            colorscale="Cividis",
-            colorbar={"title": {"text": "log10 of the<br>relative error"}, "thickness": 14},
-            text=text,
-            hovertemplate="%{y}, block %{x}: %{text}<extra></extra>",
-            meta=meta,
-        )
-    _add_flat(figure, np.where(grid == 0, 1.0, np.nan), x, labels, "#44aa99", "0, bit for bit", meta)
-    _add_flat(figure, np.where(there & ~np.isfinite(grid), 1.0, np.nan), x, labels, "#cc3311", "NaN or infinite", meta)
-    figure.update_xaxes(title_text="reversible block, from the input", type="category")
-    figure.update_yaxes(title_text="network, precision", type="category", autorange="reversed")
-    figure = dressed(figure, "Relative error of the rebuilt input of each block, log10, by network and precision")
-    return figure.update_layout(height=190 + 34 * len(labels), margin={"l": 10, "r": 10, "t": 40, "b": 10})
-
-
-def _add_flat(
-    figure: go.Figure,
-    z: np.ndarray,
-    x: Sequence[str],
-    y: Sequence[str],
-    color: str,
-    name: str,
-    meta: dict[str, list[list[int]]],
-) -> None:
-    """Cells of one colour that stand apart from the scale, with an entry in the legend."""
-    if np.isnan(z).all():
-        return
-    figure.add_heatmap(
-        z=z, x=x, y=y, colorscale=[[0, color], [1, color]], showscale=False, meta=meta,
-        hovertemplate=f"%{{y}}, block %{{x}}: {name}<extra></extra>",
-    )  # fmt: skip
-    figure.add_scatter(
-        x=[None], y=[None], mode="markers", name=name, marker={"color": color, "symbol": "square", "size": 12}
-    )
-
-
-def _network_name(fields: dict[Hashable, Any]) -> str:
-    given = {key: value for key, value in fields.items() if not pd.isna(value)}
-    return " ".join(f"gain {value}" if key == "log_scale_gain" else str(value) for key, value in given.items())
-
-
-def _drift_text(value: float, there: bool) -> str:
-    return f"{value:.2e}" if there else ""

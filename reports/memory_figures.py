@@ -1,18 +1,34 @@
 """Memory against depth and against batch size: points, the lines through them, what was predicted, and the limit."""
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from reports.dress import MIB, dressed, marked, points, strategy_styles
+from reports.dress import MIB, add_key, darkened, dressed, lined, marked, points, strategy_styles
 from reports.frames import batch_law, depth_law
 from reports.predictions import prediction_name
+from reports.summary import slope_text
 
 Axis = Literal["depth", "batch_size"]
 PANELS = 4
+# Of more lines in a panel their slopes would cover it; of each the part of the axis's length that its text needs.
+SLOPES, SLOPE_ROOM = 8, 0.055
+PREDICTED_LOOK: dict[str, Any] = {"dash": "dash", "width": 1.5}
 _COLUMNS = ("model", "strategy", "status", "depth", "blocks", "batch_size", "resources.memory_bytes", "machine")
+
+
+class _End(NamedTuple):
+    """Where a line ends, and what is to be said there; `meta` and `where` are the line's."""
+
+    x: float
+    y_mib: float
+    text: str
+    color: str
+    meta: dict[str, Any]
+    where: dict[str, Any]
 
 
 class _Against(NamedTuple):
@@ -51,7 +67,9 @@ def memory_against(frame: pd.DataFrame, metric: str, label: str, axis: Axis = "d
     top_mib = frame[metric].max() / MIB
     limits = limits_mib(frame)
     named: set[str] = set()
+    slopes: list[list[_End]] = []
     for column, value in enumerate(others, start=1):
+        ends: list[_End] = []
         for strategy, style in strategy_styles(frame).items():
             cell = frame[(frame["strategy"] == strategy) & (frame[against.other] == value)]
             where: dict[str, Any] = {"row": 1, "col": column, "legendgroup": strategy}
@@ -59,12 +77,16 @@ def memory_against(frame: pd.DataFrame, metric: str, label: str, axis: Axis = "d
             if len(measured):
                 _add_points(figure, measured, metric, label, axis, style, strategy, strategy not in named, where)
                 named.add(strategy)
-                _add_line(figure, measured, metric, against, style, strategy, where)
+                end = _add_line(figure, measured, metric, against, style, strategy, where)
+                ends += [] if end is None else [end]
             _add_prediction(figure, cell, metric, axis, style, strategy, where)
             _add_out_of_memory(figure, cell[cell["status"] == "oom"], limits, top_mib, axis, style, strategy, where)
+        slopes.append(ends)
         # One range for all panels, so that one that a filter empties keeps its scale.
         figure.update_xaxes(title_text=against.title, matches="x" if column > 1 else None, row=1, col=column)
     figure.update_yaxes(title_text=f"{label} (MiB)", rangemode="tozero", row=1, col=1)
+    has_slopes = _add_slopes(figure, slopes, frame[axis], top_mib)
+    _add_keys(figure, "least squares" + f"; at its end, MiB per {against.per}" * has_slopes)
     _add_capacity(figure, limits, top_mib, any_oom=bool((frame["status"] == "oom").any()))
     return dressed(figure, f"{label} in MiB against {against.title}, by strategy")
 
@@ -111,7 +133,7 @@ def _add_points(
         showlegend=in_legend,
         marker=marked(style[0], style[1]),
         hovertemplate=f"{_AXES[axis].title.split(' (')[0]} %{{x}}: %{{y:.2f}} MiB {label}<extra>{strategy}</extra>",
-        meta=points(groups.groups.values()),
+        meta=points(groups.groups.values()) | {"more": {"lowest (MiB)": low.tolist(), "highest (MiB)": high.tolist()}},
         **where,
     )
 
@@ -124,32 +146,72 @@ def _add_line(
     style: tuple[str, str, str],
     strategy: str,
     where: dict[str, Any],
-) -> None:
+) -> _End | None:
     if against.axis == "depth":
         # Its law is against blocks; between two depths that is a line too.
         laws = depth_law(rows, metric)
         if laws.empty:
-            return
+            return None
         law, ends = laws.iloc[0], rows.dropna(subset=["blocks"]).sort_values("blocks").iloc[[0, -1]]
         x, at = ends["depth"].tolist(), ends["blocks"]
-        slope, intercept = law["slope_bytes"], law["intercept_bytes"]
     else:
         fitted = batch_law(rows, metric)
         if fitted is None:
-            return
-        slope, intercept = fitted.slope_bytes, fitted.intercept_bytes
+            return None
+        law = fitted._asdict()
         x = [rows["batch_size"].min(), rows["batch_size"].max()]
         at = pd.Series(x)
+    y_mib = ((law["intercept_bytes"] + law["slope_bytes"] * at) / MIB).tolist()
+    text = slope_text(law, margin=True)
+    meta = {"all": [int(row) for row in rows.index]}
     figure.add_scatter(
         x=x,
-        y=((intercept + slope * at) / MIB).tolist(),
+        y=y_mib,
         mode="lines",
-        line={"color": style[0], "width": 1.5},
         showlegend=False,
-        hovertemplate=f"{slope / MIB:.3f} MiB per {against.per}<extra>{strategy}</extra>",
-        meta={"all": [int(row) for row in rows.index], "kind": "fitted"},
+        hovertemplate=f"{text} MiB per {against.per}<extra>{strategy}</extra>",
+        meta=meta | {"kind": "fitted"},
+        **lined(style[0], style[1]),
         **where,
     )
+    return _End(x[-1], y_mib[-1], text, style[0], meta, where)
+
+
+def _add_slopes(figure: go.Figure, panels: list[list[_End]], x: pd.Series, top_mib: float) -> bool:
+    """The slope of each line at its end, one above the other where ends are close. Returns whether there are any: of
+    too many lines there are none."""
+    if not 0 < max(map(len, panels)) <= SLOPES:
+        return False
+    # Each panel has the same width of text, and is the narrower the more there are.
+    room = min(0.9, 0.13 * len(panels)) * float(x.max() - x.min())
+    for ends in panels:
+        at_mib = -math.inf
+        for end in sorted(ends, key=lambda end: end.y_mib):
+            at_mib = max(end.y_mib, at_mib + top_mib * SLOPE_ROOM)
+            figure.add_scatter(
+                # The second point has no text and makes room for that of the first; an axis knows of points alone, and
+                # of two axes plotly.js finds the range of neither where one is given.
+                x=[end.x, end.x + room],
+                y=[at_mib, at_mib],
+                mode="text",
+                text=["\u00a0" * 4 + end.text, ""],
+                textposition="middle right",
+                textfont={"size": 11, "color": darkened(end.color)},
+                cliponaxis=False,
+                hoverinfo="skip",
+                showlegend=False,
+                meta=end.meta,
+                **end.where,
+            )
+    return True
+
+
+def _add_keys(figure: go.Figure, line: str) -> None:
+    kinds = {trace.meta["kind"] for trace in figure.data if trace.meta and "kind" in trace.meta}
+    if "fitted" in kinds:
+        add_key(figure, line, {"width": 1.5})
+    if "predicted" in kinds:
+        add_key(figure, "predicted", PREDICTED_LOOK)
 
 
 def _add_prediction(
@@ -170,7 +232,8 @@ def _add_prediction(
         x=middle.index,
         y=middle,
         mode="lines",
-        line={"color": style[0], "width": 1, "dash": "dash"},
+        line=PREDICTED_LOOK | {"color": darkened(style[0])},
+        zorder=3,
         showlegend=False,
         hovertemplate=f"%{{x}}: %{{y:.2f}} MiB predicted<extra>{strategy}</extra>",
         meta=points(groups.groups.values()) | {"kind": "predicted"},
@@ -196,6 +259,7 @@ def _add_out_of_memory(
         mode="markers",
         name=f"{strategy}: out of memory",
         marker={"color": style[0], "symbol": "x-open", "size": 12, "line": {"width": 2}},
+        zorder=4,
         hovertemplate="%{x}: out of memory at %{y:.0f} MiB<extra>%{fullData.name}</extra>",
         meta=points([row] for row in rows.index),
         **where,

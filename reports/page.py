@@ -17,7 +17,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from harness.store import LAWS, RunStore
-from reports import verdict
+from reports import amplification, fidelity, verdict
 from reports.columns import columns_of
 from reports.datatables import datatables_css, datatables_js
 from reports.frames import frame_of, laws, missing_ids
@@ -28,6 +28,8 @@ from reports.table import SYMBOLS
 
 TEMPLATES = Path(__file__).parent / "templates"
 SCRIPTS = ("data.js", "filter.js", "figures.js", "table.js", "report.js")
+# Sections that are there where a study asks for them.
+ASKED_FOR = ("amplification", "training")
 # From so many points on a figure is drawn by WebGL.
 MANY_POINTS = 2000
 
@@ -52,7 +54,7 @@ def build_report(store: RunStore, refresh_s: int | None = None) -> str:
         prediction=study.get("predict"),
         status=verdict.status_sentence(frame, len(missing)),
         trouble=verdict.trouble_sentence(frame),
-        answers=_answers(frame),
+        answers=_answers(frame, sections),
         summary=summary_rows,
         summary_headings=headings_of(summary_rows),
         laws=LAWS if len(laws(frame)) else None,
@@ -113,13 +115,16 @@ def _listed(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _answers(frame: pd.DataFrame) -> list[str]:
+def _answers(frame: pd.DataFrame, sections: list[Section]) -> list[str]:
+    """What a study asked for expressly comes first."""
     if frame.empty:
         return []
+    asked = [view for section in sections if section.anchor in ASKED_FOR for view in section.views if view.figure]
     return [
+        *(finding for view in asked for finding in view.findings if finding != amplification.ADVICE),
         *verdict.growth_sentences(frame, "activation_peak_bytes", "growth of the activation peak"),
         *verdict.saving_sentences(frame),
         *(sentence for sentence in verdict.time_sentences(frame) if "reconstructed" in sentence),
-        *verdict.drift_sentences(frame),
-        *verdict.guard_sentences(frame),
+        *fidelity.drift_sentences(frame),
+        *fidelity.guard_sentences(frame),
     ]

@@ -20,10 +20,11 @@ class Pair(NamedTuple):
 
 
 def pairs(frame: pd.DataFrame, metric: str) -> list[Pair]:
-    """One for each strategy that has `metric` in a cell where a stored trial has it too."""
+    """One for each strategy that has `metric` in a cell where a stored trial has it too, in the order of
+    `answer_first`."""
     if metric not in frame:
         return []
-    usable = frame[frame["status"] == "ok"].dropna(subset=[metric])
+    usable = answer_first(frame[frame["status"] == "ok"].dropna(subset=[metric]))
     cell = [field for field in CELL if field in usable]
     stored = usable[usable["activations"] == "stored"]
     found = []
@@ -33,6 +34,17 @@ def pairs(frame: pd.DataFrame, metric: str) -> list[Pair]:
         if len(table):
             found.append(Pair(str(model), str(strategy), table))
     return found
+
+
+def answer_first(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows in the order of their answer: networks that rebuild activations, then the others; of each what rebuilds,
+    then what else does not store, then stored. Otherwise as they were."""
+    kinds = frame["activations"].map({"reconstructed": 0, "budgeted": 1, "stored": 3}).fillna(2)
+    models = kinds.groupby(frame["model"], dropna=False).transform("min") if len(frame) else kinds
+    ranks = pd.DataFrame({"model": models.clip(lower=1), "kind": kinds})
+    first = frame["model"].map({name: place for place, name in enumerate(frame["model"].unique())})
+    order = ranks.assign(first=first)[["model", "first", "kind"]].sort_values(["model", "first", "kind"], kind="stable")
+    return frame.loc[order.index]
 
 
 def without_model(strategy: str) -> str:

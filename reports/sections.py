@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from harness.store import RunStore
-from reports import amplification, figures, predictions, timeline, training, verdict
+from reports import amplification, drift_figures, fidelity, figures, predictions, timeline, training, verdict
 from reports.frames import trace_frames
 from reports.memory_figures import memory_against
 
@@ -98,7 +98,9 @@ def _memory(frame: pd.DataFrame) -> Section:
         "gradients, optimizer state and the batch allocated before it; so activations, reconstruction buffers and "
         "temporaries. Under ZeRO 1 to 3 also the engine's buckets of reduced gradients. Saved activations: bytes alive "
         "between forward and backward, above the same level. Lines: least squares per block, or per sample, through "
-        "the medians of repeats. Bars: lowest to highest of the repeats. Dashed: predicted before the trial ran. An "
+        "the medians of repeats; at their ends, where there is room, the slope ± half of its 95 % interval, which of "
+        "three points is wide. "
+        "Bars: lowest to highest of the repeats. Dashed: predicted before the trial ran. An "
         "open cross ran out of memory; dotted: where the memory ends.",
     )
 
@@ -114,7 +116,8 @@ def _time(frame: pd.DataFrame) -> Section:
         "Step time: forward, backward and optimizer, from idle device to idle device, warm-up thrown away; median. "
         + (f"Bars: {bars}. " if bars and few else "")
         + (ARROWS if len(frame) <= figures.LINES else "")
-        + "A ring: no other trial of the same depth and batch takes less time without more memory.",
+        + "A ring, the Pareto front: no other trial of the same depth, batch, data and ranks is better in one of the "
+        "two and no worse in the other; equals are all in it, or none.",
     )
 
 
@@ -166,15 +169,15 @@ def _drift(frame: pd.DataFrame, traces: pd.DataFrame) -> Section:
         _view(
             "drift",
             "error by block",
-            lambda: figures.drift_by_block(frame, traces),
-            lambda: verdict.drift_sentences(frame),
+            lambda: drift_figures.drift_by_block(frame, traces),
+            lambda: fidelity.error_sentences(frame, traces),
         )
     ]
     angles = _view(
         "angle",
         "gradient angle by depth",
-        lambda: figures.angle_against_depth(frame),
-        lambda: verdict.drift_sentences(frame),
+        lambda: drift_figures.angle_against_depth(frame),
+        lambda: fidelity.angle_sentences(frame),
     )
     if angles.figure is not None:
         views.append(angles)

@@ -1,11 +1,13 @@
 """The whole run in a few rows, one for each strategy and batch size."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from reports.frames import depth_law
+from reports.frames import INTERVAL_DEPTHS, depth_law
+from reports.largest import amount, largest, lost_text
 from reports.pairs import pairs
 
 MIB = 2**20
@@ -56,7 +58,7 @@ def summary(frame: pd.DataFrame) -> list[SummaryRow]:
         slopes = {}
         for column, law in laws.items():
             line = law[(law["strategy"] == strategy) & (law["batch_size"] == batch)]
-            slopes[column] = slope_text(line.iloc[0], margin=True) if len(line) else ""
+            slopes[column] = margin_text(line.iloc[0]) if len(line) else ""
         deepest = rows.sort_values("depth").iloc[-1]
         peak = deepest.get("activation_peak_bytes", math.nan)
         ratio = ratios.get((str(strategy), batch))
@@ -79,17 +81,20 @@ def headings_of(rows: list[SummaryRow]) -> dict[str, str]:
     return {column: heading for column, heading in HEADINGS.items() if any(getattr(row, column) for row in rows)}
 
 
-def slope_text(law: pd.Series, *, margin: bool = False) -> str:
-    """`3.21 MiB`, and with `margin` `3.21 ± 0.04`: half the width of the slope's interval, where it has one."""
+def slope_text(law: Mapping[Any, Any] | pd.Series, *, margin: bool = False) -> str:
+    """A slope in MiB, `3.21`, and with `margin` `3.21 ± 0.04`: half the width of its interval, where it has one.
+
+    Both end where the margin has two digits, so that a wide interval is not hidden behind digits that mean nothing.
+    """
     slope = law["slope_bytes"] / MIB
+    half = (law["slope_high_bytes"] - law["slope_low_bytes"]) / 2 / MIB if margin else math.nan
     digits = 2 if abs(slope) >= 1 else 3
     if 0 < abs(slope) < 0.5 * 10**-digits:
         # Small and yet not nothing, as which it would be rounded.
         digits = -math.floor(math.log10(abs(slope)))
+    if half > 0:
+        digits = min(digits, max(0, 1 - math.floor(math.log10(half))))
     text = "0" if slope == 0 else f"{slope:.{digits}f}"
-    if not margin:
-        return f"{text} MiB"
-    half = (law["slope_high_bytes"] - law["slope_low_bytes"]) / 2 / MIB
     if math.isnan(half):
         return text
     # A plain 0 is of points that are in line to the byte.
@@ -97,10 +102,20 @@ def slope_text(law: pd.Series, *, margin: bool = False) -> str:
     return f"{text} ± " + ("0" if half == 0 else f"<{least:.{digits}f}" if half < least / 2 else f"{half:.{digits}f}")
 
 
+def margin_text(law: pd.Series) -> str:
+    """`slope_text` with its margin, and of how few points a margin is that is wide for that reason."""
+    text = slope_text(law, margin=True)
+    few = law["depths"] == INTERVAL_DEPTHS and law["slope_high_bytes"] > law["slope_low_bytes"]
+    return f"{text} ({INTERVAL_DEPTHS} depths)" if few else text
+
+
 def at_depth(depth: float) -> str:
     return "" if math.isnan(depth) else f" (depth {depth:.0f})"
 
 
 def _largest(rows: pd.DataFrame, metric: str) -> str:
-    value = rows[metric].max() if metric in rows else math.nan
-    return "" if math.isnan(value) else "0" if value == 0 else f"{value:.2g}"
+    """Behind it, in how many trials it is no finite number; alone where it is in none."""
+    found = largest(rows, metric)
+    if found.row is None:
+        return lost_text(found)
+    return amount(found.value) + (f" ({lost_text(found)})" if found.lost else "")

@@ -272,12 +272,22 @@ def _color(category: str) -> str:
 
 def _shares(step: Step) -> str:
     at_peak = step.at_peak
-    total = at_peak.sum()
-    percents = [
-        f"{100 * value / total:.0f} % {category}" for category, value in at_peak.items() if value / total >= 5e-3
-    ]
-    listed = " and ".join([", ".join(percents[:-1])] * (len(percents) > 1) + percents[-1:])
-    return f"{total / MIB:.1f} MiB" + (f" ({listed})" if listed else "")
+    shares = [f"{percent} % {category}" for category, percent in percents(at_peak).items() if percent]
+    listed = " and ".join([", ".join(shares[:-1])] * (len(shares) > 1) + shares[-1:])
+    return f"{at_peak.sum() / MIB:.1f} MiB" + (f" ({listed})" if listed else "")
+
+
+def percents(parts: pd.Series) -> dict[str, int]:
+    """Whole percents that add up to 100: those that lose most by rounding down are rounded up."""
+    total = parts.sum()
+    if not total:
+        return {}
+    exact = {str(name): 100 * float(value) / float(total) for name, value in parts.items()}
+    whole = {name: math.floor(value) for name, value in exact.items()}
+    short = 100 - sum(whole.values())
+    for name in sorted(exact, key=lambda name: whole[name] - exact[name])[:short]:
+        whole[name] += 1
+    return whole
 
 
 def _description(step: Step, title: str) -> str:

@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from reports.dress import dressed, strategy_styles
+from reports.dress import FLOOR_LOOK, add_key, darkened, dressed, lined, marked, strategy_styles
+from reports.largest import amount
 
 TABLE = "followed"
 KINDS = {"train": "training images", "held_out": "held-out images", "random": "noise"}
@@ -31,7 +33,10 @@ def angle_over_training(frame: pd.DataFrame, followed: pd.DataFrame) -> go.Figur
     figure = make_subplots(cols=len(kinds), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=titles)
     for column, kind in enumerate(kinds, start=1):
         for strategy, (color, marker, dash) in strategy_styles(frame).items():
-            for name, line in ((ANGLE, dash), (FLOOR, "dot")):
+            for name, look in (
+                (ANGLE, {"mode": "lines+markers"} | lined(color, marker, dash)),
+                (FLOOR, {"mode": "lines", "line": FLOOR_LOOK | {"color": darkened(color)}, "zorder": 3}),
+            ):
                 own = rows[(rows["kind"] == kind) & (rows["metric"] == name) & (rows["strategy"] == strategy)]
                 if own.empty:
                     continue
@@ -41,19 +46,20 @@ def angle_over_training(frame: pd.DataFrame, followed: pd.DataFrame) -> go.Figur
                     x=middle.index,
                     y=middle.where(middle > 0, zero),
                     customdata=middle,
-                    mode="lines+markers" if name == ANGLE else "lines",
                     name=label,
-                    legendgroup=label,
-                    showlegend=label not in named,
-                    marker={"color": color, "symbol": marker, "size": 8, "line": {"width": 1, "color": "#333"}},
-                    line={"color": color, "dash": line, "width": 2 if name == ANGLE else 1},
+                    legendgroup=strategy,
+                    showlegend=name == ANGLE and label not in named,
+                    marker=marked(color, marker),
                     meta={"all": sorted({places[trial_id] for trial_id in own["id"]})},
                     hovertemplate="%{customdata:.3g} degrees after %{x} steps<extra>%{fullData.name}</extra>",
                     row=1,
                     col=column,
+                    **look,
                 )
                 named.add(label)
         figure.update_xaxes(title_text="steps trained", row=1, col=column)
+    if (rows["metric"] == FLOOR).any():
+        add_key(figure, "stored against float64", FLOOR_LOOK)
     powers = range(round(math.log10(zero)) + 1, 3)
     ticks = {zero: "0"} | {10.0**power: f"1e{power}" if power else "1" for power in powers}
     figure.update_yaxes(type="log", tickvals=list(ticks), ticktext=list(ticks.values()))
@@ -63,13 +69,14 @@ def angle_over_training(frame: pd.DataFrame, followed: pd.DataFrame) -> go.Figur
 
 
 def training_sentences(frame: pd.DataFrame, followed: pd.DataFrame) -> list[str]:
-    """The largest angle of each strategy by kind of data, and when its loss left that of the stored twin."""
+    """The largest angle of each strategy by kind of data, in how many measurements it is no number, and when its loss
+    left that of the stored twin."""
     sentences = []
     rows = _angles(frame, followed)
     for strategy, own in rows[rows["metric"] == ANGLE].groupby("strategy", sort=False) if len(rows) else ():
-        largest = own.groupby("kind")["value"].max().reindex(list(KINDS)).dropna()
-        angles = ", ".join(f"{value:.2g}° on {KINDS[str(kind)]}" for kind, value in largest.items())
-        if (largest == 0).all():
+        values = {name: own.loc[own["kind"] == kind, "value"].astype(float) for kind, name in KINDS.items()}
+        angles = ", ".join(f"{_largest(each)} on {name}" for name, each in values.items() if len(each))
+        if (own["value"] == 0).all():
             angles = "0° on each kind of data"
         trials = frame[frame["strategy"] == strategy]
         sentences.append(
@@ -77,6 +84,14 @@ def training_sentences(frame: pd.DataFrame, followed: pd.DataFrame) -> list[str]
             f"activations is {angles}; {_parting(trials)}."
         )
     return sentences
+
+
+def _largest(values: pd.Series) -> str:
+    finite = values[np.isfinite(values)]
+    lost = len(values) - len(finite)
+    if finite.empty:
+        return "not a number"
+    return f"{amount(finite.max())}°" + (f" (not a number in {lost} of {len(values)} measurements)" if lost else "")
 
 
 def _parting(trials: pd.DataFrame) -> str:

@@ -1,12 +1,13 @@
-"""What the figures say, in generated sentences with numbers."""
+"""What the figures say of memory, time and statuses, in generated sentences with numbers."""
 
-import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
 from harness.record import RESULT_STATUSES, STATUSES
-from reports.frames import INTERVAL_DEPTHS, batch_law, depth_law, step_bars
-from reports.pairs import pairs, without_model
+from reports.frames import INTERVAL_DEPTHS, Law, batch_law, depth_law, step_bars
+from reports.pairs import answer_first, pairs, without_model
 from reports.summary import at_depth, slope_text
 
 MIB = 2**20
@@ -24,20 +25,51 @@ def status_sentence(frame: pd.DataFrame, missing: int) -> str:
 
 
 def growth_sentences(frame: pd.DataFrame, metric: str, label: str) -> list[str]:
-    """How much more `metric` each block costs at the largest batch size: one sentence a model."""
-    law = depth_law(frame, metric)
+    """How much more `metric` each block costs at the largest batch size of each model: one sentence a model, those that
+    rebuild activations first."""
     sentences = []
-    for model, group in law[law["batch_size"] == law["batch_size"].max()].groupby("model", sort=False):
+    for model, laws in depth_law(_answers_first(frame), metric).groupby("model", sort=False):
+        group = laws[laws["batch_size"] == laws["batch_size"].max()]
         rows = group.sort_values("slope_bytes", ascending=False)
         first, last = rows.iloc[0], rows.iloc[-1]
-        parts = ", ".join(f"{slope_text(row)} with {without_model(row['strategy'])}" for _, row in rows.iterrows())
-        sentence = f"{model}, batch {first['batch_size']}: the {label} per block: {parts}."
+        parts = ", ".join(
+            f"{slope_text(row, margin=True)} MiB with {without_model(row['strategy'])}" for _, row in rows.iterrows()
+        )
+        of = _of_points(rows.to_dict("records"), "depths")
+        sentence = f"{model}, batch {first['batch_size']}: the {label} per block{of}: {parts}."
         from_stored = "stored" in without_model(str(first["strategy"])).split(" · ")
         if len(rows) > 1 and from_stored and first["slope_bytes"] > 0 and last["slope_bytes"] > 0:
-            percent = 100 * last["slope_bytes"] / first["slope_bytes"]
-            sentence += f" The last is {_share(percent)} % of the first."
+            share = _share(100 * last["slope_bytes"] / first["slope_bytes"])
+            sentence += f" The last is {share} % of the first{_at_most_share(last, first, share)}."
         sentences.append(sentence)
     return sentences
+
+
+def _answers_first(frame: pd.DataFrame) -> pd.DataFrame:
+    return answer_first(frame) if len(frame) else frame
+
+
+def _of_points(laws: Sequence[Mapping[Any, Any]], points: str) -> str:
+    """How many points these slopes were fitted to, and what their ± is."""
+    counts = [law["depths"] for law in laws]
+    least, most = min(counts), max(counts)
+    of = f"{least} {points}" if least == most else f"{least} to {most} {points}"
+    if most < INTERVAL_DEPTHS:
+        return f" (from {of}, which give no interval)"
+    # Student's t of one degree of freedom is 12.7.
+    wide = any(law["depths"] == INTERVAL_DEPTHS and law["slope_high_bytes"] > law["slope_low_bytes"] for law in laws)
+    return f" (from {of}, ± half the 95 % interval{f', wide with {INTERVAL_DEPTHS}' if wide else ''})"
+
+
+def _at_most_share(part: pd.Series, whole: pd.Series, share: str) -> str:
+    """How much the share may be by both intervals, where that says more than the share."""
+    high, low = part["slope_high_bytes"], whole["slope_low_bytes"]
+    if pd.isna(high) or pd.isna(low):
+        return ""
+    if low <= 0:
+        return ", whose interval has 0 in it"
+    most = _share(100 * high / low)
+    return "" if most == share else f" (by their intervals at most {most} %)"
 
 
 def _share(percent: float) -> str:
@@ -46,18 +78,19 @@ def _share(percent: float) -> str:
 
 def batch_sentences(frame: pd.DataFrame, metric: str, label: str) -> list[str]:
     """How much more `metric` each sample costs at the largest depth: one sentence a model."""
-    usable = frame[frame["status"] == "ok"].dropna(subset=[metric, "depth"])
+    usable = _answers_first(frame[frame["status"] == "ok"].dropna(subset=[metric, "depth"]))
     sentences = []
     for model, rows in usable.groupby("model", sort=False):
         deepest = rows[rows["depth"] == rows["depth"].max()]
-        slopes = []
+        laws: list[tuple[str, Law]] = []
         for strategy, own in deepest.groupby("strategy", sort=False):
             if (law := batch_law(own, metric)) is not None:
-                slope = law.slope_bytes
-                slopes.append((slope, f"{slope / MIB:.3g} MiB with {without_model(str(strategy))}"))
-        if slopes:
-            parts = ", ".join(text for _, text in sorted(slopes, reverse=True))
-            sentences.append(f"{model}, depth {rows['depth'].max():.0f}: the {label} per sample: {parts}.")
+                laws.append((without_model(str(strategy)), law))
+        if laws:
+            laws.sort(key=lambda each: -each[1].slope_bytes)
+            parts = ", ".join(f"{slope_text(law._asdict(), margin=True)} MiB with {name}" for name, law in laws)
+            of = _of_points([law._asdict() for _, law in laws], "batch sizes")
+            sentences.append(f"{model}, depth {rows['depth'].max():.0f}: the {label} per sample{of}: {parts}.")
     return sentences
 
 
@@ -121,52 +154,6 @@ def bars_sentence(frame: pd.DataFrame) -> str:
         return "from the first to the third quartile of the steps" if len(bars) else ""
     others = len(bars) - count
     return interval + (f"; of {others} trials with fewer steps or older records, the quartiles" if others else "")
-
-
-def drift_sentences(frame: pd.DataFrame) -> list[str]:
-    """The largest drift and gradient angle of reconstructed activations, by strategy, beside the floor."""
-    sentences = []
-    rebuilt = frame[(frame["status"] == "ok") & (frame["activations"] == "reconstructed")]
-    if "drift_max_rel" not in rebuilt:
-        return []
-    for (strategy, compute, reconstruction), rows in rebuilt.groupby(
-        ["strategy", "compute", "reconstruction"], sort=False
-    ):
-        drift = rows["drift_max_rel"].max()
-        if math.isnan(drift):
-            continue
-        name = f"{strategy} (compute {compute}, reconstruction {reconstruction})"
-        exact = "0: every rebuilt input equals the original bit for bit" if drift == 0 else f"at most {drift:.2g}"
-        sentence = f"{name}: the relative drift is {exact}"
-        angle = rows.get("gradient_angle_deg", pd.Series(dtype=float)).max()
-        floor = rows.get("stored_reference_angle_deg", pd.Series(dtype=float)).max()
-        if not math.isnan(angle):
-            sentence += f"; gradients are {'0' if angle == 0 else f'at most {angle:.2g}'} degrees from the stored ones"
-        if not math.isnan(floor):
-            grid = ", rounding to the grid included" if reconstruction == "exact" else ""
-            sentence += f", which are themselves up to {floor:.2g} degrees from float64{grid}"
-        sentences.append(sentence + ".")
-    return sentences
-
-
-def guard_sentences(frame: pd.DataFrame) -> list[str]:
-    """What guards compared in training, by strategy, and what followed; none where no guard compared anything."""
-    if "guard_checks" not in frame:
-        return []
-    sentences = []
-    for strategy, rows in frame[frame["guard_checks"] > 0].groupby("strategy", sort=False):
-        checks = int(rows["guard_checks"].sum())
-        compared = "1 rebuilt input" if checks == 1 else f"{checks} rebuilt inputs"
-        largest = rows["guard_rel_max"].max() if rows["guard_rel_max"].notna().all() else math.nan
-        error = "an error that is not finite" if math.isnan(largest) else f"a relative error of at most {largest:.2g}"
-        sentence = f"{strategy}: in training a guard compared {compared} and found {error}"
-        if stopped := int((rows["status"] == "diverged").sum()):
-            sentence += f"; {stopped} of {len(rows)} trials diverged"
-        stored = rows.get("guard_stored_step", pd.Series(dtype=float)).dropna()
-        if len(stored):
-            sentence += f"; {len(stored)} of {len(rows)} trials stored activations after step {stored.min():.0f}"
-        sentences.append(sentence + ".")
-    return sentences
 
 
 def trouble_sentence(frame: pd.DataFrame) -> str | None:

@@ -18,7 +18,8 @@ const filtered = (figure, isShown) => {
     if (meta.lines) {
       const places = meta.lines.flatMap((rows, place) => (rows.some(isShown) ? [place] : []));
       const pick = (values) => values && places.map((place) => values[place]);
-      return { ...trace, y: pick(trace.y), z: pick(trace.z), text: pick(trace.text), visible: places.length > 0 };
+      return { ...trace, y: pick(trace.y), z: pick(trace.z), text: pick(trace.text),
+        customdata: pick(trace.customdata), visible: places.length > 0 };
     }
     return trace;
   };
@@ -44,6 +45,7 @@ const taken = (trace, places) => {
   const pick = (values) => (Array.isArray(values) ? places.map((place) => values[place]) : values);
   const own = { ...trace, meta: { ...trace.meta } };
   if (trace.meta.points) own.meta.points = pick(trace.meta.points);
+  if (trace.meta.more) own.meta.more = Object.fromEntries(Object.entries(trace.meta.more).map(([head, values]) => [head, pick(values)]));
   for (const name of ["x", "y", "text", "customdata"]) own[name] = pick(trace[name]);
   if (trace.error_y) {
     own.error_y = { ...trace.error_y, array: pick(trace.error_y.array), arrayminus: pick(trace.error_y.arrayminus) };
@@ -63,13 +65,14 @@ const rowsOf = (figure, data, ids) => {
   const drawn = data.filter((trace) => trace.visible !== false && trace.hoverinfo !== "skip"
     && (trace.z || trace.x?.some((value) => value !== null)));
   const heads = new Set(), rows = [];
+  const more = [...new Set(drawn.flatMap((trace) => Object.keys(trace.meta?.more ?? {})))];
   for (const trace of drawn) {
     if (trace.z) {
-      if (trace.showscale === false) continue;
+      if (!trace.customdata) continue;
       heads.add(`${title(trace.yaxis, "y")}|${title(trace.xaxis, "x")}|relative error`);
       trace.y.forEach((name, line) => trace.x.forEach((column, place) => {
-        const text = trace.text?.[line]?.[place];
-        if (text) rows.push([name, column, text]);
+        const value = trace.customdata[line][place];
+        if (value !== null) rows.push([name, column, value]);
       }));
       continue;
     }
@@ -79,13 +82,15 @@ const rowsOf = (figure, data, ids) => {
         const name = trace.name ?? trace.legendgroup ?? "";
         const kind = { fitted: ", fitted line", predicted: ", predicted" }[trace.meta?.kind] ?? "";
         const row = [name + kind, panelOf(trace), x, trace.customdata?.[place] ?? trace.y[place]];
+        row.push(...more.map((head) => trace.meta?.more?.[head]?.[place] ?? ""));
         if (ids) row.push((trace.meta?.points?.[place] ?? []).map((each) => ids[each]).join(" "));
         rows.push(row);
       }
     });
   }
   const found = ([...heads][0] ?? "nothing is shown").split("|");
-  return { heads: ids && found[0] === "series" ? [...found, "trials"] : found, rows };
+  if (found[0] === "series") found.push(...more, ...(ids ? ["trials"] : []));
+  return { heads: found, rows };
 };
 
 /** What stands in a figure that has nothing left to draw. */

@@ -62,6 +62,9 @@ def test_each_error_is_in_the_figure_and_in_the_sentences(make_run: Make) -> Non
     assert advice == ADVICE
     html = build_report(store)
     assert 'id="figure-amplification"' in html
+    answers = html[html.index('aria-label="Verdict"') : html.index('id="choose"')]
+    assert answers.index("the error is at most 1.6e-05") < answers.index("the relative drift is at most")
+    assert ADVICE not in answers
 
 
 @pytest.mark.parametrize(

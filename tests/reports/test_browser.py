@@ -291,7 +291,7 @@ def test_a_figure_s_table_and_its_csv_hold_what_is_drawn(opened: Opened, records
         opened.page.click("[data-anchor=predicted] .csv")
     awaited.value.save_as(tmp_path / "predicted.csv")
     heads, *rows = csv.reader((tmp_path / "predicted.csv").open(newline=""))
-    assert heads == ["series", "panel", "measured (MiB)", "predicted (MiB)", "trials"]
+    assert heads == ["series", "panel", "measured (MiB)", "predicted (MiB)", "depth", "batch", "trials"]
     names = ("activation_peak_bytes", "predicted_activation_peak_bytes")
     wanted = sorted([float(record.metrics[name]) / 2**20 for name in names] for record in records if record.metrics)
     found = sorted([float(row[2]), float(row[3])] for row in rows if row[1] == "activation peak")
@@ -301,6 +301,33 @@ def test_a_figure_s_table_and_its_csv_hold_what_is_drawn(opened: Opened, records
         opened.page.click("[data-anchor=predicted] .svg")
     awaited.value.save_as(tmp_path / "predicted.svg")
     assert (tmp_path / "predicted.svg").read_text().lstrip().startswith("<svg")
+
+
+def csv_of(opened: Opened, anchor: str, path: Path) -> list[dict[str, str]]:
+    with opened.page.expect_download() as awaited:
+        opened.page.click(f"[data-anchor={anchor}] .csv")
+    awaited.value.save_as(path)
+    return list(csv.DictReader(path.open(newline="")))
+
+
+def test_the_csv_of_times_says_whose_they_are_and_that_of_drift_has_every_digit(
+    opened: Opened, records: list[Record], tmp_path: Path
+) -> None:
+    opened.narrow("batch_size", "16")
+    opened.walk()
+    by_id = {record.id: record for record in records}
+    rows = csv_of(opened, "time", tmp_path / "time.csv")
+    assert len(rows) == 12
+    for row in rows:
+        spec, metrics = by_id[row["trials"]].spec, by_id[row["trials"]].metrics
+        assert (row["depth"], row["batch"]) == (str(spec["depth"]), "16")
+        ends = [float(row[f"bar {end} (ms)"]) for end in ("from", "to")]
+        assert ends == pytest.approx([1e3 * metrics["step_q1_s"], 1e3 * metrics["step_q3_s"]], rel=1e-12)
+        assert row["bar is"] == "quartiles of the steps"
+        assert row["on the Pareto front"] in ("yes", "no")
+    errors = csv_of(opened, "drift", tmp_path / "drift.csv")
+    found = [float(row["relative error"]) for row in errors if row["network · precision"] == "revnet38 · fp32"]
+    assert found == [3e-7 / (block + 1) for block in range(9)]
 
 
 @pytest.mark.parametrize("count", [0, 1])

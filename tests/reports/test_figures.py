@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 import pytest
 
 from harness.record import Record, TraceRow
-from reports import figures
+from reports import drift_figures, figures
 from reports.frames import trace_frame, trials_frame
 from reports.memory_figures import memory_against
 from tests.reports.conftest import MIB, Make, predicted, trial, with_metrics
@@ -23,7 +23,7 @@ def drawn(store: Any) -> dict[str, go.Figure | None]:
     return {
         "peak": memory_against(frame, "activation_peak_bytes", "activation peak"),
         "time": figures.time_against_memory(frame),
-        "drift": figures.drift_by_block(frame, trace_frame(store, frame["id"], "drift")),
+        "drift": drift_figures.drift_by_block(frame, trace_frame(store, frame["id"], "drift")),
     }
 
 
@@ -36,7 +36,7 @@ def test_every_axis_has_a_unit_or_says_what_it_counts(make_run: Make, sweep: lis
     assert titles == {
         "peak": ("depth (layers)", "activation peak (MiB)"),
         "time": ("activation peak (MiB)", "step time, median (ms)"),
-        "drift": ("reversible block, from the input", "network, precision"),
+        "drift": ("reversible block, from the input", "network · precision"),
     }
 
 
@@ -95,6 +95,38 @@ def test_drift_tells_zero_and_not_finite_from_small(make_run: Make) -> None:
     assert named == {"0, bit for bit", "NaN or infinite"}
     scale = next(t for t in found if t.type == "heatmap" and t.showscale is not False)
     assert np.nanmin(np.array(scale.z, dtype=float)) == pytest.approx(-6)
+
+
+def heat_map(records: list[Record], make_run: Make) -> Any:
+    store = make_run(records, study=None)
+    frame = trials_frame(store)
+    figure = drift_figures.drift_by_block(frame, trace_frame(store, frame["id"], "drift"))
+    return next(t for t in traces(figure) if t.type == "heatmap")
+
+
+def test_a_network_without_a_depth_or_with_one_precision_is_called_so(make_run: Make) -> None:
+    affine = {"activations": "reconstructed", "model": "own", "depth": None, "log_scale_gain": 0.1}
+    records = [
+        trial(1, depth=14, activations="reconstructed"),
+        trial(2, depth=26, activations="reconstructed", reconstruction="exact"),
+        trial(3, **affine),
+        trial(4, **affine | {"compute": "bf16", "reconstruction": "bf16", "log_scale_gain": 1.0}),
+    ]
+    assert set(heat_map(records, make_run).y) == {
+        "revnet14 · fp32",
+        "revnet26 · fp32, reconstruction exact",
+        "own · fp32, gain 0.1",
+        "own · bf16, gain 1.0",
+    }
+
+
+@pytest.mark.parametrize("reconstruction", ["fp32", "exact"])
+def test_the_heat_map_s_table_has_every_digit(make_run: Make, reconstruction: str) -> None:
+    record = trial(1, depth=14, activations="reconstructed", reconstruction=reconstruction)
+    found = heat_map([record], make_run)
+    rel = record.metrics["drift_max_rel"]
+    assert [list(line) for line in found.customdata] == [[rel / (block + 1) for block in range(3)]]
+    assert found.showscale == (reconstruction == "fp32")
 
 
 def test_nothing_is_drawn_where_nothing_was_measured(make_run: Make) -> None:

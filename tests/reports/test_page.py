@@ -5,9 +5,9 @@ import re
 import pytest
 
 from harness.record import Record, Status
+from reports.fidelity import guard_sentences
 from reports.frames import trials_frame
 from reports.page import build_report
-from reports.verdict import guard_sentences
 from tests.reports.conftest import Make, predicted, trial, with_metrics
 from tests.reports.packed import packed_in
 
@@ -22,12 +22,26 @@ def test_the_verdict_answers_with_numbers(make_run: Make, sweep: list[Record]) -
     html = build_report(make_run(sweep))
     assert "Does memory grow?" in html
     assert "All 24 trials have a record: ok 24." in html
-    assert "batch 32: the growth of the activation peak per block: 8.50 MiB with stored" in html
-    assert "0.125 MiB with reconstructed" in html
+    assert (
+        "batch 32: the growth of the activation peak per block (from 3 depths, ± half the 95 % interval): 8.50" in html
+    )
+    assert "8.50 ± 0 MiB with stored" in html
+    assert "0.125 ± 0 MiB with reconstructed" in html
     assert "The last is 1.5 % of the first." in html
     assert "a step takes 1.35 times as long reconstructed as stored (median of 6 cells, 1.35 to 1.35)" in html
     assert "the relative drift is 0: every rebuilt input equals the original bit for bit" in html
     assert "and uncommitted changes" in html
+
+
+def test_the_prediction_stands_right_above_what_was_measured(make_run: Make, sweep: list[Record]) -> None:
+    html = build_report(make_run(sweep))
+    verdict = html[html.index('aria-label="Verdict"') :]
+    places = [verdict.index(text) for text in ("reconstructed stays flat", "to hold against it", "8.50 ± 0 MiB with")]
+    assert places == sorted(places)
+    without = build_report(make_run(sweep, study={"name": "x"}, name="without"))
+    assert "prediction:" not in own_html(without)
+    assert "to hold against it" not in without
+    assert "What was measured:" in without
 
 
 def test_the_law_says_how_straight_it_is(make_run: Make, sweep: list[Record]) -> None:
@@ -38,7 +52,7 @@ def test_the_law_says_how_straight_it_is(make_run: Make, sweep: list[Record]) ->
     peak = int(sweep[0].metrics["activation_peak_bytes"])
     bent = [with_metrics(sweep[0], activation_peak_bytes=peak + 3 * 2**20), *sweep[1:]]
     html = build_report(make_run(bent))
-    assert "8.00 ± 3.67" in html
+    assert "8.0 ± 3.7 (3 depths)" in html
     assert "The point farthest off its line: 1.00 MiB (revnet · stored, batch 16, 3 depths)." in html
 
 

@@ -6,11 +6,13 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from harness.record import Record, TraceRow
 from harness.store import RunStore
 from reports.frames import trials_frame
-from reports.timeline import chosen, memory_over_step, peak_sentences, step_of, timelines
+from reports.timeline import chosen, memory_over_step, peak_sentences, percents, step_of, timelines
 from tests.reports.conftest import MIB, Make, trial
 
 HELD = {"parameter": 5 * MIB, "gradient": 2 * MIB, "optimizer": 0, "buffer": 0, "batch": 0}
@@ -151,6 +153,20 @@ def test_a_step_that_was_not_attributed_is_one_area_without_phases() -> None:
     assert [(area.name, max(area.y)) for area in figure.data] == [("not attributed", 16)]
     assert texts(figure) == ["<b>peak 16.0 MiB</b>"]
     assert list(layout(figure).shapes) == []
+
+
+@given(st.lists(st.integers(0, 10**9), min_size=1, max_size=9).filter(any))
+def test_shares_of_a_peak_add_up_to_100_percent(parts: list[int]) -> None:
+    found = percents(pd.Series(parts, index=[f"category {place}" for place in range(len(parts))]))
+    assert sum(found.values()) == 100
+    for nbytes, percent in zip(parts, found.values(), strict=True):
+        assert abs(percent - 100 * nbytes / sum(parts)) < 1
+
+
+def test_shares_that_rounding_alone_would_bring_to_101_percent() -> None:
+    parts = pd.Series({"saved": 555, "reconstruction": 60, "temporary": 385})
+    assert sum(round(100 * part / 1000 + 1e-9) for part in parts) == 101
+    assert percents(parts) == {"saved": 56, "reconstruction": 6, "temporary": 38}
 
 
 def test_nothing_is_drawn_where_there_is_nothing() -> None:

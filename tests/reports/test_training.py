@@ -49,6 +49,22 @@ def test_each_angle_is_in_the_figure_and_zero_has_a_line_of_its_own(make_run: Ma
     assert "Drift over training" in build_report(store)
 
 
+def test_an_angle_that_is_no_number_is_counted_and_not_left_out(make_run: Make) -> None:
+    record = trial(1, activations="reconstructed")
+    store = make_run([record])
+    spoiled = [
+        row._replace(value=float("nan"))
+        if (row.index == 200 and row.name.startswith("train")) or row.name.startswith("random gradient")
+        else row
+        for row in rows(1e-3)
+    ]
+    store.write_trial(record, spoiled, b"log")
+    frame = trials_frame(store)
+    (sentence,) = training_sentences(frame, trace_frame(store, list(frame["id"]), TABLE))
+    assert "0.002° (not a number in 1 of 3 measurements) on training images" in sentence
+    assert "0.006° on held-out images, not a number on noise" in sentence
+
+
 def test_without_a_followed_trial_there_is_no_section(make_run: Make) -> None:
     store = make_run([trial(1)])
     frame = trials_frame(store)
