@@ -41,10 +41,6 @@ class ChangedStateError(ReversibleError):
     """A parameter or buffer that a recompute needs was changed or replaced after the forward."""
 
 
-class CaptureError(ReversibleError):
-    """A training step does what a CUDA graph cannot hold."""
-
-
 class UnsupportedError(ReversibleError, ValueError):
     """The network has no such mode; a harness records this as a result."""
 

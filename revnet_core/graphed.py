@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 from revnet_core.capture import Pieces, StepRehearsal
 from revnet_core.errors import CaptureError, ReversibleError, ShapeError, UnsupportedError
 from revnet_core.exactness import StandingVerdict
-from revnet_core.graphs import capture_failure, refuse_guards
-from revnet_core.sequence import ReversibleSequence
+from revnet_core.graphs import capture_failure
+from revnet_core.obstacles import ObstacleWatch, raise_for
 
 # DDP looks at what its backward does for so many steps, torch says.
 WARMUP_STEPS = 11
@@ -80,12 +80,13 @@ def graph_model(model: nn.Module, *example_inputs: Tensor, warmup_steps: int = W
 
 def rehearse(model: nn.Module, *inputs: Tensor) -> StepRehearsal:
     """A forward and a backward, to find out what a capture needs. Raises CaptureError where it is impossible."""
-    refuse_guards(m for m in model.modules() if isinstance(m, ReversibleSequence))
     rehearsal = StepRehearsal()
     learning = [p for p in model.parameters() if p.requires_grad]
-    with rehearsal.under_way():
+    with rehearsal.under_way(), ObstacleWatch(model, inputs[0].device) as watch:
         outputs = [t for t in tree_leaves(model(*inputs)) if t.requires_grad]
+        watch.phase = "backward"
         torch.autograd.grad(outputs, learning, [torch.zeros_like(t) for t in outputs], allow_unused=True)
+    raise_for(watch.obstacles)
     if rehearsal.drew:
         raise CaptureError(
             "F or G draws at random, which the reconstruction has to repeat, and torch captures forward and backward "

@@ -6,6 +6,7 @@ one.
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from revnet_core.capture import Performance, StepRehearsal
 from revnet_core.cuda_graphs import CudaGraphs
 from revnet_core.draws import Generators
 from revnet_core.errors import CaptureError, ReversibleError, ShapeError, UnsupportedError
+from revnet_core.obstacles import ObstacleWatch, raise_for
 from revnet_core.replay import AutocastState
 from revnet_core.sequence import ReversibleSequence
 from revnet_core.walk import modules_of
@@ -134,27 +136,25 @@ class TrainingStep:
         self._optimizer.zero_grad(set_to_none=True)
         return self._forward_backward_update()
 
-    def _forward_backward_update(self) -> Tensor:
+    def _forward_backward_update(self, watch: ObstacleWatch | None = None) -> Tensor:
         x, *others = self._batch
         loss = self._loss(self._model(x), *others)
+        if watch:
+            watch.phase = "backward"
         loss.backward()
+        if watch:
+            watch.phase = "optimizer"
         if self._max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
         self._optimizer.step()
         return loss.detach()
 
     def _rehearse(self, graphs: Graphs) -> Tensor:
-        refuse_guards(self._sequences)
-        # Its draws would come from the host, once and for all.
-        host_state = torch.get_rng_state() if self._device.type != "cpu" else None
         self._rehearsal = StepRehearsal()
-        with self._rehearsal.under_way():
-            loss = graphs.eagerly(self._step)
-        if host_state is not None and not torch.equal(host_state, torch.get_rng_state()):
-            raise CaptureError(
-                "the step draws random numbers on the host (CPU generator), which each replay would repeat. Draw them "
-                f"on {self._device}, or before the step and pass them with the batch."
-            )
+        self._optimizer.zero_grad(set_to_none=True)
+        with self._rehearsal.under_way(), ObstacleWatch(self._model, self._device, self._optimizer) as watch:
+            loss = graphs.eagerly(partial(self._forward_backward_update, watch))
+        raise_for(watch.obstacles)
         return loss
 
     def _capture(self, graphs: Graphs) -> "_Captured":
@@ -275,15 +275,6 @@ def _graphs_for(device: torch.device) -> Graphs:
             "that, or set cuda_graph=False."
         )
     return GRAPHS[device.type](device)
-
-
-def refuse_guards(sequences: Iterable[ReversibleSequence]) -> None:
-    """Raises CaptureError."""
-    if any(sequence._guard is not None for sequence in sequences):
-        raise CaptureError(
-            "a guard compares now and then, and a captured step does the same each time. Detach it, or run the step "
-            "eagerly."
-        )
 
 
 def capture_failure(error: BaseException) -> str:

@@ -24,7 +24,9 @@ from revnet_core.without_contents import blank, blank_copy, optimizers_allowed, 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _CORE = os.path.dirname(__file__) + os.sep
 # What these do on the host a captured step does in another way, or it is named as a limit of this package.
-_ANSWERED = tuple(_CORE + name for name in ("replay.py", "exactness.py", "offload.py", "probe.py", "guard.py"))
+_ANSWERED = tuple(
+    _CORE + name for name in ("draws.py", "exactness.py", "pending.py", "offload.py", "probe.py", "guard.py")
+)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def test_draws_that_have_to_be_repeated_are_refused(activations: str) -> None:
 def test_a_guard_is_refused() -> None:
     model, x = model_and_input("conv_bn", "reconstructed")
     Guard().attach(model)
-    with pytest.raises(CaptureError, match="a guard compares now and then"):
+    with pytest.raises(CaptureError, match="a guard counts steps on the host"):
         rehearse(model, x)
 
 
