@@ -21,6 +21,7 @@ STALE = "revnet_stale_inverse_baselines"
 Collected = dict[Path, set[str]]
 COLLECTED = pytest.StashKey[Collected]()
 FOLDERS = pytest.StashKey[set[Path]]()
+USED = pytest.StashKey[set[str]]()
 FOUND_STALE = pytest.StashKey[set[str]]()
 
 
@@ -41,7 +42,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def inverse_check(request: pytest.FixtureRequest) -> "InverseCheck":
     """Call it with a module that has an inverse, and its inputs; see `InverseCheck.__call__`."""
-    return InverseCheck(request.node, request.config)
+    check = InverseCheck(request.node, request.config)
+    request.node.stash[USED] = check.used
+    return check
 
 
 class InverseCheck:
@@ -49,7 +52,8 @@ class InverseCheck:
         self._item = item
         self._update = bool(config.getoption("--inverse-update"))
         self._require = bool(config.getoption("--inverse-require"))
-        self._names: set[str] = set()
+        # The tests, by their names in the baselines, that were checked.
+        self.used: set[str] = set()
 
     def __call__(
         self,
@@ -78,10 +82,10 @@ class InverseCheck:
         from harness.inverses.check import check_inverse
         from revnet_core import PrecisionError
 
-        if name in self._names:
-            pytest.fail("inverse_check: a second call in one test takes a name of its own: name='...'", pytrace=False)
-        self._names.add(name)
         test = _test_of(self._item) + (f" {name}" if name else "")
+        if test in self.used:
+            pytest.fail("inverse_check: a second call in one test takes a name of its own: name='...'", pytrace=False)
+        self.used.add(test)
         try:
             verdict = check_inverse(
                 module,
@@ -129,6 +133,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.stash[COLLECTED] = collected
 
 
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    # One that failed or skipped may not have come to all of its calls.
+    if call.when == "call" and call.excinfo is None and (used := item.stash.get(USED, None)):
+        folder = item.path.parent / FOLDER / item.path.stem
+        found = [
+            file for file in folder.glob("*.json") if _belongs(file, _test_of(item)) and _test_in(file) not in used
+        ]
+        item.config.stash.setdefault(FOUND_STALE, set()).update(map(str, found))
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     config = session.config
     # A single test that was asked for by name says nothing of its neighbours.
@@ -172,11 +186,16 @@ def stale_baselines(collected: Collected, folders: Iterable[Path]) -> list[Path]
 
 
 def _belongs(file: Path, test: str) -> bool:
+    """Whether it is of this test, or of a call in it that has a name."""
+    recorded = _test_in(file)
+    return recorded is not None and (recorded == test or recorded.startswith(f"{test} "))
+
+
+def _test_in(file: Path) -> str | None:
     try:
-        recorded = json.loads(file.read_text(encoding="utf-8"))["test"]
+        return str(json.loads(file.read_text(encoding="utf-8"))["test"])
     except (ValueError, KeyError, TypeError):
-        return False
-    return recorded == test or str(recorded).startswith(f"{test} ")
+        return None
 
 
 def _test_of(item: pytest.Item) -> str:

@@ -206,6 +206,27 @@ def test_it_works_under_xdist(project: pytest.Pytester, run: Run) -> None:
     assert len(re.findall("no test has it", distributed().stdout.str())) == 2
 
 
+@pytest.mark.parametrize("options", [(), ("test_blocks.py::test_two",)], ids=str)
+def test_the_baseline_of_a_call_that_is_gone_is_stale(
+    project: pytest.Pytester, run: Run, options: tuple[str, ...]
+) -> None:
+    calls = [f"    inverse_check(Shift(), torch.randn(8, 3), torch.randn(8, 3), name={name!r})" for name in ("a", "b")]
+    lines = ["import torch", "from blocks import Shift", "def test_two(inverse_check):", "    torch.manual_seed(0)"]
+
+    def write(*more: str) -> None:
+        (project.path / "test_blocks.py").write_text("\n".join([*lines, *more]) + "\n")
+
+    write(*calls)
+    run(*options)
+    run(*options)
+    assert "no test has it" not in run(*options).stdout.str()
+    # A test that failed before its second call says nothing of it.
+    write(calls[0], "    assert False", calls[1])
+    assert "no test has it" not in run(*options).stdout.str()
+    write(calls[0])
+    assert len(re.findall(r"test_two-b-.*no test has it", run(*options).stdout.str())) == 1
+
+
 def test_two_calls_in_one_test_take_names(project: pytest.Pytester, run: Run) -> None:
     call = "inverse_check(Shift(), torch.randn(8, 3), torch.randn(8, 3){})"
     lines = ["import torch", "from blocks import Shift", "def test_two(inverse_check):", "    torch.manual_seed(0)"]
