@@ -211,6 +211,10 @@ def _record_communication(spec: TrialSpec, step: Step, result: Result) -> None:
     if spec.workers == 1:
         result.unmeasured |= dict.fromkeys(COMMUNICATION_METRICS, "one rank has no other to communicate with")
         return
+    if spec.compile:
+        reason = "what ranks tell each other is counted under a dispatch mode, in which no compiled step runs"
+        result.unmeasured |= dict.fromkeys(COMMUNICATION_METRICS, reason)
+        return
     own = measure_communication(step.take, spec.measured_steps)
     metrics, unmeasured = summarize_communication(gather(own))
     result.metrics |= metrics
