@@ -58,7 +58,8 @@ def set_compute(compute: str) -> None:
 class TrainingEngine:
     """One model under DeepSpeed with SGD and momentum 0.9.
 
-    model  as given, though under ZeRO its parameters lie elsewhere than before
+    model     as given, though under ZeRO its parameters lie elsewhere than before
+    compiled  whether its forward is compiled in place, as one graph; the first step does it
     """
 
     def __init__(
@@ -70,11 +71,13 @@ class TrainingEngine:
         zero_stage: int,
         learning_rate: float,
         extra_config: dict[str, Any],
+        compiled: bool = False,
     ) -> None:
         # DeepSpeed would compile a shared-memory collective at its first start: 50 s and a C++ compiler needed,
         # for something that a measured step on one rank never calls.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.model = model
+        self.compiled = compiled
         self._zero_stage = zero_stage
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         parameter_count = sum(p.numel() for p in model.parameters())
@@ -87,6 +90,9 @@ class TrainingEngine:
             extra=extra_config,
         )
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        if compiled:
+            # Its forward alone: whatever hooks DeepSpeed has on the model stay outside of the graph.
+            model.forward = torch.compile(model.forward, fullgraph=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._engine(x)

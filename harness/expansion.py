@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from harness.errors import StudyError
 from harness.places import Loc
 from harness.study_faults import shown
-from harness.trials import AXES, DATA_AXES, MOST_COMBINATIONS, TrialResources, TrialSpec
+from harness.trials import AXES, DATA_AXES, MOST_COMBINATIONS, WARM_UP_FOR_COMPILING, TrialResources, TrialSpec
 
 if TYPE_CHECKING:
     from harness.study import Study
@@ -32,6 +32,7 @@ def expand(study: "Study") -> list[TrialSpec]:
         rows = [row | {"seed": seed} for row in rows for seed in range(study.repeats)]
     rows = _apply_exclude(study, rows)
     _check_budgets(study, rows)
+    _check_warm_up(study, rows)
     trials: dict[str, TrialSpec] = {}
     for trial in map(_trial, rows):
         trials.setdefault(trial.id, trial)
@@ -57,6 +58,12 @@ def _check_budgets(study: "Study", rows: list[Row]) -> None:
                 f"activations {row['activations']!r}, which have no budget. Move it to a `when` with "
                 "`if: {activations: budgeted}`."
             )
+
+
+def _check_warm_up(study: "Study", rows: list[Row]) -> None:
+    """Raises StudyError for a combination whose measured steps would hold what compiling takes."""
+    if any(row["compile"] and row["warmup_steps"] == 0 for row in rows):
+        raise StudyError(f"{study.where('warmup_steps', 0)} = 0; {WARM_UP_FOR_COMPILING}")
 
 
 def _check_count(count: int, place: str) -> None:

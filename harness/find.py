@@ -14,7 +14,7 @@ import torch
 
 from harness.errors import HarnessError
 from harness.predict import Device, device_of, predict
-from harness.trials import AXES, TrialSpec, no_guard
+from harness.trials import AXES, MODES, TrialSpec, no_guard
 from revnet_core import UnsupportedError
 from revnet_core.networks import FAMILIES
 
@@ -169,8 +169,13 @@ def cells_of(trials: Sequence[TrialSpec], axis: Axis, memory_bytes: int, at_most
     """The trials without the axis, each once, in the study's order, to be confirmed under a limit of `memory_bytes`.
 
     at_most  the bound of the search; by default AT_MOST
-    Raises HarnessError for a model that has no such axis, and for a bound below the smallest value.
+    Raises HarnessError for a model that has no such axis, for a bound below the smallest value, and for steps that are
+    compiled or replayed.
     """
+    if modes := [name for name in MODES if any(trial.value(name) for trial in trials)]:
+        raise HarnessError(
+            f"--find: some trials have {' and '.join(modes)} true, which no prediction is of. Leave it out."
+        )
     cells: dict[str, Cell] = {}
     for trial in trials:
         resources = trial.resources.model_copy(update={"memory_bytes": memory_bytes})

@@ -80,6 +80,7 @@ class _Run:
             zero_stage=spec.zero_stage,
             learning_rate=spec.learning_rate,
             extra_config=spec.deepspeed,
+            compiled=spec.compile,
         )
 
     def train(self, x: Tensor, labels: Tensor) -> float:

@@ -107,6 +107,9 @@ def attribute_footprint(step: Step, plain: MemoryUse, exports: Collection[str] =
 
     Where that does not work the figures of the first step stand, and these are unmeasured; the trace is empty.
     """
+    if step.engine.compiled:
+        reason = "the step is compiled, and what happens within its graph belongs to no operation of the model"
+        return Footprint(unmeasured=dict.fromkeys(ATTRIBUTED, reason))
     try:
         attribution, files = _attributed_step(step, exports)
     except Exception as error:

@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from harness.errors import HarnessError
 from harness.measure.live import Phase
+from harness.modes import check_predictable
 from harness.predict import Device, PlacePeak, Prediction, StepMemory, step_memory, with_engine
 from harness.surface import Figures, Point, Surface
 from harness.trials import TrialSpec
@@ -83,16 +84,32 @@ def forecast(
     trials: Sequence[TrialSpec], device_of: Callable[[TrialSpec], Device], *, processes: int | None = None
 ) -> dict[str, Prediction | Unpredicted]:
     """A prediction for each trial, by id. `processes`: by default one a core, where there is enough to do."""
-    groups = groups_of(trials, device_of)
+    # These are no part of a shape: they change nothing about a step that is predicted.
+    without = {trial.id: why for trial in trials if (why := _without(trial, device_of(trial))) is not None}
+    groups = groups_of([trial for trial in trials if trial.id not in without], device_of)
     results = dict(zip((group.shape for group in groups), solve_all(groups, _solve, processes), strict=True))
     predictions: dict[str, Prediction | Unpredicted] = {}
     for trial in trials:
+        if trial.id in without:
+            predictions[trial.id] = without[trial.id]
+            continue
         result = results[shape_of(trial, device_of(trial))]
         if isinstance(result, Unpredicted):
             predictions[trial.id] = result
         else:
             predictions[trial.id] = with_engine(trial, result[point_of(trial)])
     return predictions
+
+
+def _without(trial: TrialSpec, device: Device) -> Unpredicted | None:
+    """What has no prediction because of how its step is executed."""
+    try:
+        check_predictable(trial, device.kind)
+    except UnsupportedError as error:
+        return Unpredicted("unsupported", str(error))
+    except HarnessError as error:
+        return Unpredicted("unknown", str(error))
+    return None
 
 
 def groups_of(trials: Sequence[TrialSpec], device_of: Callable[[TrialSpec], Device]) -> list[Group]:

@@ -10,14 +10,14 @@ from rich.table import Table
 from harness.forecast import Unpredicted
 from harness.predict import Prediction
 from harness.sizes import in_words
-from harness.trials import AXES, TrialSpec
+from harness.trials import AXES, MODES, TrialSpec
 
 MIB = 2**20
 Predictions = Mapping[str, Prediction | Unpredicted]
 # What makes a strategy: the family, its input, what becomes of the activations, under which precision and engine.
 STRATEGY = (
     *("model", "channels", "log_scale_gain", "data.name", "data.image_size"),
-    *("activations", "budget_bytes", "compute", "reconstruction", "zero_stage", "workers"),
+    *("activations", "budget_bytes", "compute", "reconstruction", *MODES, "zero_stage", "workers"),
 )
 # Above this share of the memory a trial may still run out of it: allocators leave gaps.
 TIGHT = 0.95

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from harness.errors import HarnessError
 from harness.record import STATUSES
 from harness.store import RunStore
-from harness.trials import TrialSpec
+from harness.trials import MODES, TrialSpec
 
 
 def select_trials(
@@ -45,7 +45,8 @@ def statuses_of(retry: str | None) -> set[str]:
 def _spread(trials: Sequence[TrialSpec], limit: int) -> list[TrialSpec]:
     by_strategy: dict[tuple[str, ...], list[TrialSpec]] = defaultdict(list)
     for trial in trials:
-        by_strategy[trial.model, trial.activations, trial.compute, trial.reconstruction].append(trial)
+        modes = (str(trial.value(name)) for name in MODES)
+        by_strategy[trial.model, trial.activations, trial.compute, trial.reconstruction, *modes].append(trial)
     depth = max(map(len, by_strategy.values()), default=0)
     in_turn = [group[i] for i in range(depth) for group in by_strategy.values() if i < len(group)]
     taken = {trial.id for trial in in_turn[:limit]}

@@ -16,6 +16,7 @@ from harness.measure.fakes import blank_batch, fake_tensors, first_line, forward
 from harness.measure.kernels import CpuKernels
 from harness.measure.live import LiveStorages, Phase
 from harness.models import check_model, create, loss_of
+from harness.modes import check_predictable
 from harness.trials import TrialSpec
 from harness.zero import (
     ModelSize,
@@ -116,6 +117,7 @@ def step_memory(spec: TrialSpec, device: Device) -> StepMemory:
     """
     if device.kind == "cpu" and spec.compute in ("fp16", "tf32"):
         raise UnsupportedError(f"compute = {spec.compute!r}: not on a CPU. Use bf16 or fp32, or a GPU.")
+    check_predictable(spec, device.kind)
     # Imported outside the mode: what a user's module makes at its import would be fake for good.
     check_model(spec.model, spec.depth, spec.channels, spec.log_scale_gain)
     standing_in = standing_for_a_device() if device.kind == "cuda" else contextlib.nullcontext()

@@ -76,6 +76,7 @@ def describe(trial: TrialSpec) -> str:
     words = [f"{trial.model}{depth}", trial.activations, f"batch {trial.batch_size}"]
     words += [trial.compute] * (trial.compute != "fp32")
     words += [trial.reconstruction] * (trial.reconstruction != "fp32")
+    words += ["compiled"] * trial.compile + ["graph"] * trial.cuda_graph
     words += [f"ZeRO-{trial.zero_stage}"] * (trial.zero_stage > 0)
     words += [f"seed {trial.seed}"] * (trial.seed > 0)
     return " ".join(words)

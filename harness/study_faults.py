@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 from harness.places import Loc, Places, dotted
 
 _KINDS = {
+    "bool_type": "true or false",
     "int_type": "a whole number",
     "float_type": "a number",
     "string_type": "text",

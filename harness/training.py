@@ -30,6 +30,7 @@ from harness.measure.flops import measure_flops, utilization
 from harness.measure.machine import device_name
 from harness.measure.timing import summarize, time_step
 from harness.models import check_model, create, loss_of
+from harness.modes import CompiledSteps, check_compiler, check_modes, graphed
 from harness.predict import PREDICTED_METRICS, Device, predict
 from harness.record import TraceRow
 from harness.sizes import in_words
@@ -65,6 +66,9 @@ def train(spec: TrialSpec, scratch: Path, result: Result) -> None:
     if device.type == "cpu":
         torch.set_num_threads(spec.resources.cpus_per_worker)
     set_compute(spec.compute)
+    check_modes(spec, "cuda" if device.type == "cuda" else "cpu")
+    if spec.compile:
+        check_compiler(device)
     # Imported before tensors without contents are about: what a user's module makes then would be fake for good.
     check_model(spec.model, spec.depth, spec.channels, spec.log_scale_gain)
     # Before the limit, and long before what is measured: what the counting leaves behind is a part of neither.
@@ -131,12 +135,15 @@ def _train_under_engine(spec: TrialSpec, device: torch.device, guard: TrialGuard
         zero_stage=spec.zero_stage,
         learning_rate=spec.learning_rate,
         extra_config=spec.deepspeed,
+        compiled=spec.compile,
     )
+    compiled = CompiledSteps(spec)
     try:
         batches = _batches(spec, spec.warmup_steps + spec.measured_steps + 1)
         losses: list[Tensor] = []
         step_s: list[float] = []
-        with guard.over(model, result.trace):
+        like_all = batches[0][0].to(device)
+        with guard.over(model, result.trace), graphed(spec, model, like_all, result), compiled.tracing():
             for index, batch in enumerate(batches[:-1]):
                 x, labels = (tensor.to(device) for tensor in batch)
 
@@ -147,16 +154,22 @@ def _train_under_engine(spec: TrialSpec, device: torch.device, guard: TrialGuard
                     losses.append(loss.detach())
 
                 seconds = time_step(device, train_step)
+                compiled.took(index, seconds, measured=index >= spec.warmup_steps)
                 if index >= spec.warmup_steps:
                     step_s.append(seconds)
         measured_losses = [loss.item() for loss in losses[spec.warmup_steps :]]
         _record_steps(spec, step_s, measured_losses, getattr(model, "tokens_per_sample", None), result)
         x, labels = (tensor.to(device) for tensor in batches[-1])
         step = Step(engine, device, (x, labels), lambda: loss_of(engine.forward(x), labels))
+        if spec.cuda_graph:
+            # What the first eager step makes for all later ones is no part of the one that is measured.
+            step.take()
         _record_memory(step, result)
         # Last, since it trains on: the steps whose time and memory are told have been taken.
         _record_communication(spec, step, result)
     finally:
+        result.metrics |= compiled.metrics
+        result.unmeasured |= compiled.unmeasured
         engine.close()
 
 
@@ -197,6 +210,10 @@ def _record_memory(step: Step, result: Result) -> None:
 def _record_communication(spec: TrialSpec, step: Step, result: Result) -> None:
     if spec.workers == 1:
         result.unmeasured |= dict.fromkeys(COMMUNICATION_METRICS, "one rank has no other to communicate with")
+        return
+    if spec.compile:
+        reason = "what ranks tell each other is counted under a dispatch mode, in which no compiled step runs"
+        result.unmeasured |= dict.fromkeys(COMMUNICATION_METRICS, reason)
         return
     own = measure_communication(step.take, spec.measured_steps)
     metrics, unmeasured = summarize_communication(gather(own))

@@ -69,6 +69,12 @@ def _refuse_what_names_nothing(name: str) -> str:
     return name
 
 
+# How a step is executed, if not as it is written.
+MODES = ("compile", "cuda_graph")
+WARM_UP_FOR_COMPILING = (
+    "with compile true the first step compiles the model, which takes a minute or many, and would be measured. Give at "
+    "least 1."
+)
 Activations = Literal["stored", "checkpointed", "offloaded", "reconstructed", "budgeted"]
 # YAML and JSON have lists; a trial is hashable.
 # Names stand in figures and in other people's terminals.
@@ -144,6 +150,8 @@ class TrialSpec(_Inert):
     budget_bytes: Memory = Field(default=None, description="of the network's activations where they are budgeted")
     compute: Compute = "fp32"
     reconstruction: Reconstruction = "fp32"
+    compile: bool = Field(default=False, description="whether the model is trained as torch.compile makes it")
+    cuda_graph: bool = Field(default=False, description="whether its forward and backward are replayed as CUDA graphs")
     zero_stage: int = Field(default=0, ge=0, le=3)
     workers: int = Field(default=1, ge=1, le=2**16)
     warmup_steps: int = Field(default=2, ge=0, le=MOST_STEPS)
@@ -173,12 +181,13 @@ class TrialSpec(_Inert):
     deepspeed: DeepSpeedConfig = {}
 
     @model_serializer(mode="wrap")
-    def _say_nothing_of_no_guard(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # So that a trial without one keeps the id that it had before there were guards.
+    def _say_nothing_of_what_is_off(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # So that a trial without a guard, a compiler and a graph keeps the id that it had before there were any.
         content = serialize(self)
+        unsaid = {name for name in MODES if not getattr(self, name)}
         if all(getattr(self, name) == value for name, value in no_guard().items()):
-            return {name: value for name, value in content.items() if name not in no_guard()}
-        return content
+            unsaid |= no_guard().keys()
+        return {name: value for name, value in content.items() if name not in unsaid}
 
     def canonical_json(self) -> str:
         """The same text for the same content, on every machine and whatever the order of keys was."""
@@ -211,6 +220,8 @@ class TrialSpec(_Inert):
             raise StudyError(f"{source}: not JSON ({error}). Give a file that holds the spec of one trial.") from None
         if (spec.activations == "budgeted") != (spec.budget_bytes is not None):
             raise StudyError(f"{source}: budget_bytes belongs to activations 'budgeted'. Give both or neither.")
+        if spec.compile and spec.warmup_steps == 0:
+            raise StudyError(f"{source}: warmup_steps = 0; {WARM_UP_FOR_COMPILING}")
         return spec
 
 

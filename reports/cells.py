@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from reports.frames import MODES
 from reports.units import shown
 
 # A row of `trials_frame`.
@@ -96,7 +97,9 @@ def _by_seed(before: list[Trial], now: list[Trial]) -> tuple[list[tuple[Trial, T
 def _fields(trial: Trial) -> dict[str, Any]:
     """The specification, one level deep, without the seed."""
     fields = {name: value for name, value in trial["spec"].items() if name not in ("seed", "data")}
-    return fields | {f"data.{name}": value for name, value in trial["spec"].get("data", {}).items()}
+    # Without a word of these a step is as it is written, also in runs that know nothing of them.
+    modes = {name: fields.get(name, False) for name in MODES}
+    return fields | modes | {f"data.{name}": value for name, value in trial["spec"].get("data", {}).items()}
 
 
 def _fields_of(trials: Iterable[Trial]) -> set[str]:

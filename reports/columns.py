@@ -21,6 +21,8 @@ FACETS = {
     "status": "status",
     "depth": "depth",
     "batch_size": "batch",
+    "compile": "compile",
+    "cuda_graph": "CUDA graph",
 }
 
 
@@ -73,6 +75,12 @@ def _finite(value: float | None) -> float | str | None:
     return value if value is None or math.isfinite(value) else json.dumps(value)
 
 
+def _named(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.10g}" if isinstance(value, int | float) else str(value)
+
+
 def _facets(frame: pd.DataFrame) -> list[dict[str, Any]]:
     found = []
     for key, label in FACETS.items():
@@ -85,7 +93,7 @@ def _facets(frame: pd.DataFrame) -> list[dict[str, Any]]:
         else:
             continue
         options = sorted(values.dropna().unique().tolist())
-        names = [f"{value:.10g}" if isinstance(value, int | float) else str(value) for value in options]
+        names = list(map(_named, options))
         if values.isna().any():
             names.append(NONE)
         if len(names) < 2:

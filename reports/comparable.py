@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 Kind = Literal["memory", "numerics", "time", "status"]
 # Of the process or of the moment, whatever their unit.
-_AS_TIME = ("device_used_bytes", "measuring_time_ratio", "mfu", "hfu")
+_AS_TIME = ("device_used_bytes", "measuring_time_ratio", "mfu", "hfu", "compile_cache_hits")
 _COUNTS = ("blocks", "reversible_blocks", "parameter_count", "device_peak_flops_per_s")
 
 

@@ -15,8 +15,10 @@ from harness.store import RunStore
 # What makes two trials the same but for what becomes of the activations.
 CELL = (
     *("model", "channels", "log_scale_gain", "depth", "data.name", "data.image_size", "batch_size"),
-    *("compute", "zero_stage", "workers", "seed"),
+    *("compute", "compile", "cuda_graph", "zero_stage", "workers", "seed"),
 )
+# How a step is executed, each with its word in a strategy; a record that says nothing is of a step as it is written.
+MODES = {"compile": "compiled", "cuda_graph": "graph"}
 
 # Strategy: what a reader compares. Model and activations always, the others where they differ within the run.
 _USUAL = {
@@ -24,6 +26,8 @@ _USUAL = {
     "log_scale_gain": None,
     "compute": "fp32",
     "reconstruction": "fp32",
+    "compile": False,
+    "cuda_graph": False,
     "zero_stage": 0,
     "workers": 1,
     "data.name": "cifar10",
@@ -35,6 +39,7 @@ _USUAL = {
 _SPELLED = {
     "channels": "channels {}",
     "log_scale_gain": "gain {}",
+    **MODES,
     "zero_stage": "ZeRO-{}",
     "workers": "ranks {}",
     "data.image_size": "{} px",
@@ -67,7 +72,7 @@ def frame_of(records: Iterable[Record]) -> pd.DataFrame:
     """
     rows = []
     for record in records:
-        spec = _flat(record.spec)
+        spec = dict.fromkeys(MODES, False) | _flat(record.spec)
         rows.append(
             {"id": record.id, "status": record.status, "reason": record.reason, "attempts": len(record.attempts)}
             | spec
@@ -83,6 +88,11 @@ def frame_of(records: Iterable[Record]) -> pd.DataFrame:
         order = [c for c in ("model", "strategy", "depth", "batch_size", "seed") if c in frame]
         frame = frame.sort_values(order, ignore_index=True)
     return frame
+
+
+def modes_of(frame: pd.DataFrame) -> list[str]:
+    """Those of MODES that any trial has."""
+    return [mode for mode in MODES if mode in frame and bool(frame[mode].any())]
 
 
 def has_guard(frame: pd.DataFrame) -> bool:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from reports.frames import CELL
+from reports.frames import CELL, MODES
 
 
 class Pair(NamedTuple):
@@ -17,6 +17,11 @@ class Pair(NamedTuple):
     @property
     def name(self) -> str:
         return without_model(self.strategy)
+
+    @property
+    def stored(self) -> str:
+        """What the trials beside them are called: as much is executed in another way as of these."""
+        return " · ".join(["stored", *(word for word in self.name.split(" · ") if word in MODES.values())])
 
 
 def pairs(frame: pd.DataFrame, metric: str) -> list[Pair]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from harness.record import Record
-from reports.frames import has_guard, step_bars
+from reports.frames import has_guard, modes_of, step_bars
 
 SYMBOLS = {"ok": "✓", "oom": "✗", "diverged": "∞", "unsupported": "–", "timeout": "…", "crashed": "!", "failed": "!"}
 MIB = 2**20
@@ -111,7 +111,7 @@ def trials_table(frame: pd.DataFrame, records: list[Record]) -> Table:
     by_id = {record.id: record for record in records}
     ordered = [by_id[trial_id] for trial_id in frame["id"]]
     brackets = _step_brackets(frame)
-    fields = (*SPEC, *GUARD_SPEC) if has_guard(frame) else SPEC
+    fields = (*SPEC, *modes_of(frame), *(GUARD_SPEC if has_guard(frame) else ()))
     spec = {name: [_spec_text(name, value) for value in frame[name]] for name in fields if name in frame}
     metrics = {
         column: [_cell(column, record, brackets[record.id]) for record in ordered] for column in _columns(ordered)

@@ -155,7 +155,7 @@ def peak_sentences(frame: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
         row = table.sort_values(["depth", "batch_size"]).iloc[-1]
         sentences.append(
             f"{pair.model}{at_depth(row['depth'])}, batch {row['batch_size']:.0f}: the peak is "
-            f"{_shares(steps[row['id_stored']])} stored, and {_shares(steps[row['id']])} {pair.name}."
+            f"{_shares(steps[row['id_stored']])} {pair.stored}, and {_shares(steps[row['id']])} {pair.name}."
         )
     return sentences
 

@@ -123,7 +123,7 @@ def saving_sentences(frame: pd.DataFrame) -> list[str]:
         stored, other = row["activation_peak_bytes_stored"] / MIB, row["activation_peak_bytes"] / MIB
         sentences.append(
             f"{pair.model}{at_depth(row['depth'])}, batch {row['batch_size']:.0f}: the peak is {other:.1f} MiB "
-            f"{pair.name} and {stored:.1f} MiB stored, {stored / other:.1f} times as much."
+            f"{pair.name} and {stored:.1f} MiB {pair.stored}, {stored / other:.1f} times as much."
         )
     return sentences
 
@@ -136,8 +136,8 @@ def time_sentences(frame: pd.DataFrame) -> list[str]:
         spread = f", {ratios.min():.2f} to {ratios.max():.2f}" if len(ratios) > 1 else ""
         cells = "1 cell" if len(ratios) == 1 else f"{len(ratios)} cells"
         sentences.append(
-            f"{pair.model}: a step takes {ratios.median():.2f} times as long {pair.name} as stored (median of {cells}"
-            f"{spread})."
+            f"{pair.model}: a step takes {ratios.median():.2f} times as long {pair.name} as {pair.stored} "
+            f"(median of {cells}{spread})."
         )
     return sentences
 

@@ -115,7 +115,7 @@ def _measured(record: Record) -> tuple[Family, Measured] | None:
 def _family(trial: TrialSpec, device: str) -> Family:
     """CPUs are not told apart, but for how many cores a rank has."""
     cores = trial.resources.cpus_per_worker if device == "CPU" else None
-    kind = trial.model, trial.activations, trial.compute, trial.reconstruction
+    kind = trial.model, trial.activations, trial.compute, trial.reconstruction, trial.compile, trial.cuda_graph
     audits = trial.audit_batch_size, trial.amplification, trial.drift_steps, trial.drift_audits
     return (device, cores, *kind, trial.zero_stage, trial.workers, *audits)
 
@@ -143,6 +143,8 @@ class Durations:
             return f"no earlier record of such a trial on a {device}, whose peaks are not known. Give one with --from."
         if trial.activations == "offloaded":
             return "no earlier record of such a trial, and no roofline of what goes over the bus. Give one with --from."
+        if trial.compile or trial.cuda_graph:
+            return "no earlier record of such a trial, and no roofline of a compiled or replayed step. Give --from."
         step_s = roofline_s(trial, work, gpu, spread=spread)
         if step_s is None:
             return f"a {gpu.driver_name} has no {trial.compute}"

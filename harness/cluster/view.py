@@ -114,7 +114,7 @@ def _sources(prospects: Sequence[Prospect], beside_s: float) -> Iterable[str]:
     if counts["records"]:
         yield (
             f"times of {counts['records']} trials from earlier records of the same family, activations, precisions, "
-            "ZeRO stage, ranks and audits, by the operations of a step"
+            "compilation, graph, ZeRO stage, ranks and audits, by the operations of a step"
         )
     if counts["roofline"]:
         yield (

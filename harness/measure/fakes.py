@@ -36,6 +36,6 @@ def forward_loss(model: nn.Module, loss: Loss, batch: Batch, autocast: torch.dty
     return loss(out, labels)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Its class and what it says, of which the rest is often a stack."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from revnet_core.budget import Budgeted
 from revnet_core.coupling import Coupling
@@ -98,6 +99,9 @@ class Network(nn.Module):
         """A unit that is no coupling: stored, on the host where all is, or recomputed in the backward."""
         stored = self.activations in ("stored", "offloaded")
         if torch.is_grad_enabled() and (self.activations == "checkpointed" or (self.recomputes_units and not stored)):
+            if torch.compiler.is_compiling():
+                # A graph repeats no draws and updates statistics once by itself.
+                return checkpoint(unit, *inputs, use_reentrant=False, **options)
             return replayed_checkpoint(unit, *inputs, **options)
         with offloaded(unit) if self.activations == "offloaded" else contextlib.nullcontext():
             return unit(*inputs, **options)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
 
-from revnet_core import AdditiveCoupling, Precision, ReversibleSequence, SpaceToDepth, UnsupportedError
+from revnet_core import AdditiveCoupling, Precision, ReversibleSequence, SpaceToDepth, UnsupportedError, create_model
 from tests.core.nets import (
     FP64,
     IMAGE_NCHW,
@@ -85,6 +85,19 @@ def test_pairs_of_streams_and_changes_of_resolution() -> None:
     for activations in ("stored", "reconstructed"):
         model = Downsampling(activations)
         x = torch.randn(2, 4, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        y = (model if activations == "stored" else compiled(model))(x)
+        weighted_sum(y).backward()
+        outcomes.append(outcome_of(model, x, y))
+    assert_same(outcomes[1], outcomes[0])
+
+
+def test_units_that_a_network_recomputes() -> None:
+    outcomes = []
+    for activations in ("stored", "checkpointed"):
+        torch.manual_seed(1)
+        model = create_model("resnet", num_classes=4, depth=8, channels=(4, 4, 4), activations=activations)
+        model.double().train()
+        x = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
         y = (model if activations == "stored" else compiled(model))(x)
         weighted_sum(y).backward()
         outcomes.append(outcome_of(model, x, y))

@@ -66,6 +66,8 @@ def fault_of(text: str) -> str:
         (HEAD + "fixed: {zero_stage: 4}\n", "fixed.zero_stage = 4; a zero stage is at most 3."),
         (HEAD + "fixed: {batch_size: 1.5}\n", "fixed.batch_size = 1.5; it has to be a whole number."),
         (HEAD + "fixed: {batch_size: true}\n", "fixed.batch_size = true; it has to be a whole number."),
+        (HEAD + "grid: {compile: [false, 1]}\n", "x.yaml:3: grid.compile[1] = 1; it has to be true or false."),
+        (HEAD + "fixed: {cuda_graph: yes}\n", "x.yaml:3: fixed.cuda_graph = 'yes'; it has to be true or false."),
         (HEAD + "grid: {activations: [storred]}\n", "grid.activations[0] = 'storred'; did you mean 'stored'?"),
         (HEAD + "fixed: {compute: int4}\n", "fixed.compute = 'int4'; use one of fp32, tf32, bf16, fp16."),
         (HEAD + "fixed: {reconstruction: tf64}\n", "x.yaml:3: fixed.reconstruction = 'tf64'; did you mean 'fp64'"),
@@ -332,6 +334,29 @@ def test_a_trial_spec_survives_as_json() -> None:
 def test_a_budget_belongs_to_budgeted_activations(text: str, message: str) -> None:
     with pytest.raises(StudyError, match=message):
         expand(Study.from_yaml(HEAD + text + "\n", "x.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("fixed: {warmup_steps: 0}\ngrid: {compile: [false, true]}", "x.yaml:3: fixed.warmup_steps = 0; "),
+        ("grid:\n  compile: [true]\n  warmup_steps: [2, 0]", r"x.yaml:5: grid.warmup_steps\[1\] = 0; "),
+    ],
+)
+def test_what_compiling_takes_is_not_measured(text: str, line: str) -> None:
+    with pytest.raises(StudyError, match=f"^{line}with compile true the first step compiles"):
+        expand(Study.from_yaml(HEAD + text + "\n", "x.yaml"))
+    excluded = HEAD + text + "\nexclude: [{compile: true, warmup_steps: 0}]\n"
+    if "grid: {" in text:
+        assert [trial.compile for trial in expand(Study.from_yaml(excluded, "x.yaml"))] == [False]
+
+
+def test_how_a_step_is_executed_is_an_axis_like_any_other() -> None:
+    text = "grid: {compile: [false, true]}\nzip: [{cuda_graph: [false, true], depth: [38, 62]}]\n"
+    text += "when: [{if: {compile: true}, grid: {seed: [1, 2]}}]\nexclude: [{compile: true, cuda_graph: true}]\n"
+    trials = expand(Study.from_yaml(HEAD + text, "x.yaml"))
+    found = [(trial.compile, trial.cuda_graph, trial.depth, trial.seed) for trial in trials]
+    assert found == [(False, False, 38, 0), (False, True, 62, 0), (True, False, 38, 1), (True, False, 38, 2)]
 
 
 def test_a_budget_is_an_axis_in_any_unit() -> None:

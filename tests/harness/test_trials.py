@@ -20,6 +20,8 @@ AXIS_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "activations": st.sampled_from(["stored", "checkpointed", "reconstructed"]),
     "compute": st.sampled_from(["fp32", "tf32", "bf16", "fp16"]),
     "zero_stage": st.integers(0, 3),
+    "compile": st.booleans(),
+    "cuda_graph": st.booleans(),
     "guard_every": st.integers(0, 3),
     "guard_tolerance": st.floats(0, 1),
     "guard_action": st.sampled_from(["stop", "warn", "store"]),
@@ -103,6 +105,17 @@ def test_a_guard_is_in_the_spec_where_a_field_of_it_is_given() -> None:
     assert len({trial.id for trial in trials_of(grid={"guard_every": [0, 50], "guard_action": ["stop", "warn"]})}) == 4
 
 
+def test_how_a_step_is_executed_is_in_the_spec_where_it_is_not_as_written() -> None:
+    assert TrialSpec(model="revnet", compile=False, cuda_graph=False).id == "f7c62b101152"
+    modes = [{"compile": True}, {"cuda_graph": True}, {"compile": True, "cuda_graph": True}]
+    for mode in modes:
+        trial = TrialSpec.model_validate({"model": "revnet", **mode})
+        said = trial.model_dump(mode="json")
+        assert {name: said[name] for name in said if name in ("compile", "cuda_graph")} == mode
+        assert TrialSpec.from_json(trial.canonical_json()) == trial
+    assert len({trial.id for trial in trials_of(grid={"compile": [False, True], "cuda_graph": [False, True]})}) == 4
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -114,6 +127,8 @@ def test_a_guard_is_in_the_spec_where_a_field_of_it_is_given() -> None:
         ('{"model": "a", "deepspeed": {"fp16": {}}}', "spec.json: deepspeed.fp16 = {}; the harness sets this key"),
         ('{"model": "a", "learning_rate": NaN}', "spec.json: learning_rate = NaN; "),
         ('{"model": "a", "activations": "budgeted"}', "spec.json: budget_bytes belongs to activations 'budgeted'"),
+        ('{"model": "a", "compile": true, "warmup_steps": 0}', "spec.json: warmup_steps = 0; with compile true"),
+        ('{"model": "a", "compile": 1}', "spec.json: compile = 1; it has to be true or false"),
         ('{"model": "a", "budget_bytes": 64}', "spec.json: budget_bytes belongs to activations 'budgeted'"),
         ('{"model": "a", "deepspeed": {"x": [1, Infinity]}}', "spec.json: deepspeed"),
     ],

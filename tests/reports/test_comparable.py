@@ -92,3 +92,18 @@ def test_where_the_data_lie_and_what_a_trial_was_given_do_not_part_trials_but_wh
     assert compared([trial(1)], [trial(2, resources=more)]).trials == 1
     assert compared([trial(1)], [trial(2, deepspeed={"communication_data_type": "fp16"})]).trials == 0
     assert compared([trial(1)], [trial(2, batch_size=33)]).trials == 0
+
+
+@pytest.mark.parametrize("mode", ["compile", "cuda_graph"])
+def test_a_step_that_is_executed_otherwise_is_another_cell_also_to_a_run_that_knows_of_none(
+    compared: Compare, mode: str
+) -> None:
+    said: dict[str, Any] = {mode: True}
+    denied: dict[str, Any] = {mode: False}
+    plain, other = trial(1), trial(2, **said)
+    alone = compared([plain], [other], f"{PEAK}:+0")
+    assert (alone.exit_code, alone.cells) == (INCOMPLETE, 0)
+    assert alone.missing == [f"revnet38 stored batch 32 {mode} false"]
+    assert compared([plain, other], [plain, other], f"{PEAK}:+0").cells == 2
+    # A record that says false and one that says nothing are the same.
+    assert compared([plain], [trial(3, **denied)], f"{PEAK}:+0").exit_code == EQUAL

@@ -229,6 +229,16 @@ def test_trials_without_a_depth_can_be_chosen_too() -> None:
     ]
 
 
+def test_a_way_to_execute_a_step_is_a_choice_where_trials_differ_in_it() -> None:
+    records = [trial(1, depth=14), trial(2, depth=14, compile=True)]
+    frame = frame_of(records)
+    facets = {facet["key"]: facet for facet in columns_of(frame, records)["facets"]}
+    assert "cuda_graph" not in facets
+    chosen = [facets["compile"]["words"][code] for code in facets["compile"]["codes"]]
+    assert chosen == ["yes" if on else "no" for on in frame["compile"]]
+    assert sorted(chosen) == ["no", "yes"]
+
+
 def _records_of(frame: pd.DataFrame) -> list[Record]:
     rows = frame[["id", "spec", "status", "reason", "metrics"]].to_dict("records")
     return [Record.model_validate({**row, "reason": None}) for row in rows]

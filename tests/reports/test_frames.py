@@ -1,6 +1,7 @@
 """Frames hold every record, invent nothing, and find a planted slope."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -8,7 +9,18 @@ import pytest
 
 from harness.errors import RecordError
 from harness.record import Record
-from reports.frames import LAW_METRICS, depth_law, fit_line, laws, missing_ids, step_bars, trace_frame, trials_frame
+from reports.frames import (
+    LAW_METRICS,
+    depth_law,
+    fit_line,
+    frame_of,
+    laws,
+    missing_ids,
+    step_bars,
+    trace_frame,
+    trials_frame,
+)
+from reports.pairs import pairs
 from tests.reports.conftest import MIB, SLOPES_MIB, Make, predicted, trial, with_metrics
 
 
@@ -176,3 +188,31 @@ def test_an_unknown_schema_is_refused(make_run: Make) -> None:
     store.fs.pipe_file(path, store.fs.cat_file(path).replace(b'"schema": 1', b'"schema": 9'))
     with pytest.raises(RecordError, match="schema = 9"):
         trials_frame(store)
+
+
+MODES: tuple[dict[str, Any], ...] = ({}, {"compile": True}, {"cuda_graph": True})
+
+
+def test_how_a_step_is_executed_keeps_trials_apart_and_what_says_nothing_is_as_written(make_run: Make) -> None:
+    records = [
+        trial(depth, depth=depth, activations=activations, **mode)
+        for depth in (14, 26)
+        for activations in ("stored", "reconstructed")
+        for mode in MODES
+    ]
+    assert sum("compile" in record.spec for record in records) == 4
+    frame = trials_frame(make_run(records))
+    assert frame["compile"].value_counts().to_dict() == {False: 8, True: 4}
+    assert frame["cuda_graph"].value_counts().to_dict() == {False: 8, True: 4}
+    ways = ("", " · compiled", " · graph")
+    assert set(frame["strategy"]) == {f"revnet · {kind}{way}" for kind in ("stored", "reconstructed") for way in ways}
+    assert set(depth_law(frame, "activation_peak_bytes")["strategy"]) == set(frame["strategy"])
+    found = pairs(frame, "step_median_s")
+    assert {(pair.name, pair.stored, len(pair.table)) for pair in found} == {
+        ("reconstructed", "stored", 2),
+        ("reconstructed · compiled", "stored · compiled", 2),
+        ("reconstructed · graph", "stored · graph", 2),
+    }
+    # Where none differs nothing is said of it.
+    alike = frame_of([record for record in records if record.spec.get("compile")])
+    assert set(alike["strategy"]) == {"revnet · stored", "revnet · reconstructed"}

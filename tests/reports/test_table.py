@@ -3,7 +3,7 @@
 import pytest
 
 from harness.record import Record
-from reports.frames import trials_frame
+from reports.frames import frame_of, trials_frame
 from reports.table import Table, trials_table
 from tests.reports.conftest import MIB, Make, trial, with_metrics
 
@@ -103,3 +103,13 @@ def test_communication_has_its_columns_where_ranks_communicate_and_its_reason_wh
     why = dict.fromkeys(("communication_bytes", "communication_s"), "one rank has no other to communicate with")
     alone = [trial(n, depth=depth).model_copy(update={"unmeasured": why}) for n, depth in enumerate((14, 26))]
     assert f"{', '.join(headings)}: n/a, {why['communication_s']}" in table_of(make_run, alone).same
+
+
+def test_how_a_step_is_executed_is_a_column_where_any_is_not_as_written(make_run: Make) -> None:
+    plain, compiled = trial(1, depth=14), trial(2, depth=14, compile=True)
+    table = table_of(make_run, [plain, compiled])
+    texts = [row.spec[table.spec.index("compile")] for row in table.rows]
+    assert sorted(texts) == ["False", "True"]
+    assert "cuda graph" not in table.spec
+    others = [plain, trial(3, depth=26)]
+    assert "compile" not in trials_table(frame_of(others), others).spec

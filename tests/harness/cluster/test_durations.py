@@ -80,6 +80,8 @@ def test_of_repeats_the_median_counts() -> None:
         {"activations": "stored"},
         {"compute": "bf16"},
         {"reconstruction": "exact"},
+        {"compile": True},
+        {"cuda_graph": True},
         {"zero_stage": 1},
         {"workers": 2},
         {"audit_batch_size": 0},
@@ -135,6 +137,8 @@ def test_a_roofline_is_the_most_of_its_parts() -> None:
         ({}, UNKNOWN_GPUS, "on a RTX, whose peaks are not known. Give one with --from"),
         ({"resources": TrialResources(gpus_per_worker=0)}, GPUS, "on a CPU, of which no roofline is known"),
         ({"activations": "offloaded"}, GPUS, "no roofline of what goes over the bus"),
+        ({"compile": True}, GPUS, "no roofline of a compiled or replayed step"),
+        ({"cuda_graph": True}, GPUS, "no roofline of a compiled or replayed step"),
         ({"compute": "bf16"}, parse_cluster("1x1xV100-SXM2-16GB")[0], "Tesla V100-SXM2-16GB has no bf16"),
     ],
 )
