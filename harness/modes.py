@@ -157,7 +157,7 @@ def graphed(spec: TrialSpec, model: nn.Module, x: Tensor, result: Findings) -> I
         result.unmeasured[GRAPH_METRIC] = "the study's cuda_graph is off"
         yield
         return
-    from revnet_core import CaptureError, graph_model  # pyright: ignore[reportAttributeAccessIssue]
+    from revnet_core import CaptureError, graph_model
 
     dtype = AUTOCAST_DTYPES[spec.compute]
     with contextlib.ExitStack() as stack:
