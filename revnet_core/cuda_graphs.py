@@ -53,7 +53,11 @@ class CudaGraphs:
         # What dies during a capture would ask the device.
         gc.collect()
         # After an error torch leaves the captured stream the current one.
-        with torch.cuda.stream(torch.cuda.current_stream(self._device)), torch.cuda.graph(graph, stream=self._stream):
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(self._device)),
+            # Other threads go on as they like: one that pins a loader's batches, or NCCL's watch.
+            torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
+        ):
             step()
         return graph
 
