@@ -2,6 +2,7 @@
 with ZeRO 0 to 2, DDP)."""
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,8 +42,10 @@ def graph_model(model: nn.Module, *example_inputs: Tensor, warmup_steps: int = W
     """Within, a call of the model in training mode, and the backward through it, each replay a graph.
 
     By `torch.cuda.make_graphed_callables`; the loss, the reduction of gradients and the update stay with whoever takes
-    the step, and so do hooks on parameters. Wrap the model in DDP or an engine inside. Outside training mode the model
-    runs as always, and after the context it is as it was; buffers, gradients and the random state are left alone.
+    the step, and so do hooks on parameters and on the model itself. Wrap the model in DDP inside. An engine that moves
+    the parameters when it is built (DeepSpeed with ZeRO 1 and 2) is built before; give its module here. Outside
+    training mode the model runs as always, and after the context it is as it was; buffers, gradients and the random
+    state are left alone.
 
     example_inputs  on the model's device; calls have as many, of these shapes and dtypes
 
@@ -50,7 +53,7 @@ def graph_model(model: nn.Module, *example_inputs: Tensor, warmup_steps: int = W
 
     Raises UnsupportedError off CUDA; CaptureError for what cannot be captured, such as random draws that a
     reconstruction has to repeat (`TrainingStep` can); ReconstructionError at the end, where an exact reconstruction was
-    not exact. A call raises ShapeError for other inputs.
+    not exact. A call raises ShapeError for other inputs, CaptureError where the parameters lie elsewhere than captured.
     """
     device = example_inputs[0].device
     if device.type != "cuda":
@@ -59,7 +62,7 @@ def graph_model(model: nn.Module, *example_inputs: Tensor, warmup_steps: int = W
         )
     own = model.__dict__.get("forward")
     try:
-        with _as_it_was(model, device):
+        with _as_it_was(model, device), hooks_set_aside(model):
             rehearsal = rehearse(model, *example_inputs)
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()
@@ -68,7 +71,7 @@ def graph_model(model: nn.Module, *example_inputs: Tensor, warmup_steps: int = W
             with pieces.under_way():
                 _make_graphs(model, example_inputs, warmup_steps)
             pool_bytes = torch.cuda.memory_reserved(device) - before_bytes
-        model.forward = _checked(model, model.forward, example_inputs)
+        model.forward = checked(model, model.forward, example_inputs)
         graphed = GraphedModel(pool_bytes, pieces.standing)
         yield graphed
         graphed.raise_if_inexact()
@@ -105,9 +108,12 @@ def _make_graphs(model: nn.Module, inputs: tuple[Tensor, ...], warmup_steps: int
         raise CaptureError(capture_failure(error)) from error
 
 
-def _checked(model: nn.Module, forward: Callable[..., Any], examples: tuple[Tensor, ...]) -> Callable[..., Any]:
-    """torch copies inputs to where the graph reads them, and would spread a smaller batch over its place."""
+def checked(model: nn.Module, forward: Callable[..., Any], examples: tuple[Tensor, ...]) -> Callable[..., Any]:
+    """torch copies inputs to where the graph reads them, and would spread a smaller batch over its place. Parameters it
+    reads where they lay."""
     expected = [(tuple(t.shape), t.dtype) for t in examples]
+    parameters = list(model.parameters())
+    places = [p.data_ptr() for p in parameters]
 
     def call(*inputs: Tensor) -> Any:
         given = [(tuple(t.shape), t.dtype) for t in inputs]
@@ -115,6 +121,11 @@ def _checked(model: nn.Module, forward: Callable[..., Any], examples: tuple[Tens
             raise ShapeError(
                 f"the inputs are {given}; the graphs are of {expected}. Leave out a last batch that is smaller "
                 "(drop_last=True)."
+            )
+        if model.training and [p.data_ptr() for p in parameters] != places:
+            raise CaptureError(
+                "the parameters lie elsewhere than where the graphs read them. Build what moves them (DeepSpeed with "
+                "ZeRO 1 and 2) before graph_model, and give it the engine's module."
             )
         return forward(*inputs)
 
@@ -133,3 +144,15 @@ def _as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
             for buffer, before in buffers:
                 buffer.copy_(before)
         torch.cuda.set_rng_state(state, device)
+
+
+@contextlib.contextmanager
+def hooks_set_aside(model: nn.Module) -> Iterator[None]:
+    """The model's own, not its parts': torch captures no module that has any, and calls them around the graph."""
+    names = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    aside = {name: vars(model)[name] for name in names}
+    vars(model).update({name: OrderedDict() for name in names})
+    try:
+        yield
+    finally:
+        vars(model).update(aside)

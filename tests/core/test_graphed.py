@@ -12,10 +12,11 @@ from revnet_core import (
     Guard,
     Precision,
     ReversibleSequence,
+    ShapeError,
     UnsupportedError,
     graph_model,
 )
-from revnet_core.graphed import rehearse
+from revnet_core.graphed import checked, hooks_set_aside, rehearse
 from tests.core.nets import KINDS, sequence_of
 
 
@@ -73,3 +74,33 @@ def test_each_exact_sequence_gets_a_verdict_that_stands() -> None:
 def test_coupled_identity_needs_nothing() -> None:
     model = ReversibleSequence([AdditiveCoupling(torch.nn.Linear(3, 3), torch.nn.Tanh())], split_dim=-1)
     assert not rehearse(model, torch.randn(2, 6)).drew
+
+
+def test_a_call_with_another_batch_or_moved_parameters_is_refused() -> None:
+    model, x = model_and_input("conv_bn", "reconstructed")
+    call = checked(model, model.forward, (x,))
+    expected = call(x)
+    with pytest.raises(ShapeError, match="Leave out a last batch that is smaller"):
+        call(x[:1])
+    parameter = next(model.parameters())
+    at, parameter.data = parameter.data, parameter.data.clone()
+    with pytest.raises(CaptureError, match="lie elsewhere than where the graphs read them"):
+        call(x)
+    parameter.data = at
+    assert torch.equal(call(x), expected)
+    parameter.data = at.clone()
+    model.eval()
+    call(x[:1])
+
+
+def test_the_model_s_own_hooks_are_not_captured_and_come_back() -> None:
+    model, x = model_and_input("conv_bn", "stored")
+    calls: list[str] = []
+    model.register_forward_pre_hook(lambda module, given: calls.append("before"))
+    model.register_forward_hook(lambda module, given, out: calls.append("after"))
+    with hooks_set_aside(model):
+        model(x)
+        assert not calls
+        assert not any((model._forward_hooks, model._forward_pre_hooks, model._backward_hooks))
+    model(x)
+    assert calls == ["before", "after"]

@@ -5,7 +5,7 @@ Legend: N batch, P positions, C features.
 
 import copy
 import warnings
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -27,11 +27,24 @@ from revnet_core import (
     create_model,
     graphs,
 )
-from tests.core.nets import FP64, KINDS, sequence_of
+from tests.core.graph_cases import (
+    Batch,
+    Peeking,
+    assert_equal_states,
+    assert_same_training,
+    batches_for,
+    clipped_step,
+    dropping,
+    exact_beyond_its_range,
+    sgd,
+    square,
+    step_for,
+    tokens,
+    train,
+)
+from tests.core.nets import FP64, sequence_of
 from tests.core.tape import CpuGraphs
 
-CPU = torch.device("cpu")
-Batch = tuple[Tensor, Tensor]
 # Of modules that count where no watch looks: in themselves it would be found.
 CALLS = Counter[int]()
 
@@ -42,41 +55,6 @@ def _tape(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
-
-
-def sgd(model: nn.Module, **options: object) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), **({"lr": 0.05, "momentum": 0.9} | options))  # pyright: ignore[reportArgumentType]
-
-
-def square(out: Tensor, target: Tensor) -> Tensor:
-    return (out - target).square().mean()
-
-
-def batches_for(kind: str, count: int, dtype: torch.dtype = torch.float64) -> list[Batch]:
-    shape = KINDS[kind].shape
-    return [(torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)) for _ in range(count)]
-
-
-def train(step: TrainingStep, batches: list[Batch]) -> Tensor:
-    losses = torch.stack([step(batch) for batch in batches])
-    step.raise_if_inexact()
-    return losses
-
-
-def assert_same_training(model: nn.Module, make_step: Callable[..., TrainingStep], batches: list[Batch]) -> None:
-    """Captured as eager, bit for bit: each loss, and all that the training leaves behind."""
-    twin = copy.deepcopy(model)
-    eager, captured = make_step(model, cuda_graph=False), make_step(twin, cuda_graph=True)
-    assert torch.equal(train(captured, batches), train(eager, batches))
-    assert captured.captured
-    assert_equal_states(twin, model)
-
-
-def assert_equal_states(model: nn.Module, other: nn.Module) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
-    for own, theirs in zip(model.parameters(), other.parameters(), strict=True):
-        assert (own.grad is None) == (theirs.grad is None)
-        assert own.grad is None or theirs.grad is None or torch.equal(own.grad, theirs.grad)
 
 
 ACTIVATIONS = ("stored", "checkpointed", "reconstructed", 3000)
@@ -91,10 +69,6 @@ def test_a_captured_step_trains_as_an_eager_one(kind: str, activations: str | in
     batches = batches_for(kind, 8)
     make = partial(step_for, loss=square, example=batches[0])
     assert_same_training(model, make, batches)
-
-
-def step_for(model: nn.Module, *, loss: graphs.Loss, example: Batch, cuda_graph: bool = True) -> TrainingStep:
-    return TrainingStep(model, loss, sgd(model, dampening=0.1), example, cuda_graph=cuda_graph)
 
 
 PRECISIONS = (Precision("bf16"), Precision("fp32", "bf16"), Precision("bf16", "exact"))
@@ -131,30 +105,10 @@ def test_the_tape_decides_as_a_graph_does() -> None:
     assert not torch.equal(losses[0][4], losses[1][4])
 
 
-class Seen(nn.Module):
-    """Dropout that keeps the places of what it dropped."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(6, 6)
-        self.masks = deque[Tensor]()
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = nn.functional.dropout(self.linear(x), 0.5, self.training)
-        self.masks.append(out.detach() == 0)
-        return out
-
-
-def dropping(activations: str) -> tuple[ReversibleSequence, list[Seen]]:
-    nets = [Seen() for _ in range(4)]
-    couplings = [AdditiveCoupling(nets[0], nets[1]), AdditiveCoupling(nets[2], nets[3])]
-    return ReversibleSequence(couplings, split_dim=-1, activations=activations), nets
-
-
 @pytest.mark.parametrize("activations", ["reconstructed", "checkpointed"])
 def test_a_replay_draws_anew_and_its_recompute_draws_the_same(activations: str) -> None:
     model, nets = dropping(activations)
-    batch = torch.randn(3, 4, 12), torch.randn(3, 4, 12)
+    batch = tokens()
     step = TrainingStep(model, square, sgd(model, lr=0.0), batch)
     for _ in range(4):
         step(batch)
@@ -172,7 +126,7 @@ def test_states_that_are_unlike_are_noticed(monkeypatch: pytest.MonkeyPatch) -> 
     """The negative control of the test above."""
     monkeypatch.setitem(graphs.GRAPHS, "cpu", partial(CpuGraphs, alike=False))
     model, nets = dropping("reconstructed")
-    batch = torch.randn(3, 4, 12), torch.randn(3, 4, 12)
+    batch = tokens()
     step = TrainingStep(model, square, sgd(model), batch)
     for _ in range(4):
         step(batch)
@@ -192,7 +146,7 @@ def test_the_seed_decides_what_is_drawn() -> None:
     for _ in range(2):
         torch.manual_seed(3)
         model, _ = dropping("reconstructed")
-        batch = torch.randn(3, 4, 12), torch.randn(3, 4, 12)
+        batch = tokens()
         runs.append(train(TrainingStep(model, square, sgd(model), batch), [batch] * 7))
     assert torch.equal(*runs)
 
@@ -200,7 +154,7 @@ def test_the_seed_decides_what_is_drawn() -> None:
 def test_draws_of_an_inner_sequence_that_is_rebuilt_too_are_refused() -> None:
     inner = ReversibleSequence([AdditiveCoupling(nn.Dropout(0.5), nn.Linear(3, 3))], split_dim=-1)
     model = ReversibleSequence([AdditiveCoupling(inner, nn.Linear(6, 6))], split_dim=-1)
-    batch = torch.randn(3, 4, 12), torch.randn(3, 4, 12)
+    batch = tokens()
     step = TrainingStep(model, square, sgd(model), batch)
     with pytest.raises(CaptureError, match="inner sequence whose activations are not stored"):
         train(step, [batch] * 4)
@@ -221,7 +175,7 @@ def test_a_step_that_chooses_is_refused() -> None:
             return self.first(x) if CALLS[id(self)] % 2 else self.second(self.first(x))
 
     model = Choosing()
-    batch = torch.randn(3, 4, 12), torch.randn(3, 4, 12)
+    batch = tokens()
     with pytest.raises(CaptureError, match="another number of times"):
         train(TrainingStep(model, square, sgd(model), batch), [batch] * 4)
 
@@ -327,29 +281,15 @@ def test_a_loss_is_the_caller_s_own() -> None:
 def test_gradients_may_be_scaled_down_to_a_norm() -> None:
     batches = batches_for("norm_mlp", 6)
     model = linear()
-    make = partial(_clipped, example=batches[0])
+    make = partial(clipped_step, example=batches[0])
     assert_same_training(model, make, batches)
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     assert norm.item() == pytest.approx(1e-3, rel=1e-2)
 
 
-def _clipped(model: nn.Module, *, example: Batch, cuda_graph: bool) -> TrainingStep:
-    return TrainingStep(model, square, sgd(model), example, cuda_graph=cuda_graph, max_grad_norm=1e-3)
-
-
-def exact_beyond_its_range() -> tuple[ReversibleSequence, nn.Linear]:
-    grows = nn.Linear(6, 6, bias=False)
-    model = ReversibleSequence(
-        [AdditiveCoupling(nn.Tanh(), nn.Tanh()), AdditiveCoupling(grows, nn.Tanh())],
-        split_dim=-1,
-        precision=Precision("fp32", "exact", grid_bits=20),
-    )
-    return model, grows
-
-
 def test_an_inexact_reconstruction_is_told_of_after_its_replay() -> None:
     model, grows = exact_beyond_its_range()
-    batch = torch.randn(3, 4, 12), torch.randn(3, 4, 12)
+    batch = tokens()
     step = TrainingStep(model, square, sgd(model, lr=0.0), batch)
     train(step, [batch] * 5)
     with torch.no_grad():
@@ -366,7 +306,7 @@ def test_an_inexact_reconstruction_is_told_of_after_its_replay() -> None:
 
 def test_an_inexact_reconstruction_ends_the_training_by_itself() -> None:
     model, grows = exact_beyond_its_range()
-    batch = torch.randn(3, 4, 12), torch.randn(3, 4, 12)
+    batch = tokens()
     step = TrainingStep(model, square, sgd(model, lr=0.0), batch)
     train(step, [batch] * 5)
     with torch.no_grad():
@@ -416,10 +356,6 @@ def test_a_model_on_two_devices_is_refused() -> None:
 
 
 def test_what_cannot_be_captured_is_named() -> None:
-    class Peeking(nn.Linear):
-        def forward(self, input: Tensor) -> Tensor:
-            return super().forward(input) * (2 if input.sum() > 0 else 1)
-
     model = Peeking(6, 6)
     batch = torch.randn(2, 6), torch.randn(2, 6)
     step = TrainingStep(model, square, sgd(model), batch)
