@@ -47,7 +47,7 @@ const besides = (view, figures) => {
 
 // Of more rows nobody reads on; and on paper they would be a book.
 const LISTED = 300;
-const SCREEN = { autosize: true }, PAPER = { autosize: false, width: 700 };
+const SCREEN = { autosize: true }, PAPER = { autosize: false, width: 670 };
 // Double click and the house do what these do; the fewer, the less of a title they hide.
 const LEFT_OUT = ["zoomIn2d", "zoomOut2d", "autoScale2d", "lasso2d", "select2d"];
 

@@ -59,14 +59,14 @@ def test_all_is_there_when_a_browser_that_waits_for_nothing_prints(opened: Opene
     # One call: between the announcement and the count nothing else runs.
     printed = opened.page.evaluate(PRINTED, "beforeprint")
     assert (printed["views"], printed["tables"], printed["rows"]) == (10, 10, len(records))
-    assert printed["width"] == 700
+    assert printed["width"] == 670
     assert printed["open"] > before["open"]
     assert opened.page.inner_text(".same li:first-child") == "data.name cifar10"
     opened.page.evaluate(PRINTED, "afterprint")
     opened.walk()
     after = opened.page.evaluate(PRINTED, "")
     assert (after["tables"], after["open"]) == (before["tables"], before["open"])
-    assert after["width"] != 700
+    assert after["width"] != 670
     assert opened.complaints == []
 
 
@@ -88,3 +88,15 @@ def test_no_figure_begins_with_a_blank_stripe(opened: Opened, report: Path) -> N
     })""")
     assert len(gaps) == 6
     assert [gap for gap in gaps if gap[1] > 32] == []
+
+
+def test_nothing_is_wider_than_the_paper(sized: Opened) -> None:
+    sized.page.set_viewport_size({"width": 718, "height": 900})
+    sized.page.emulate_media(media="print")
+    sized.page.wait_for_selector("html[data-whole]", state="attached")
+    assert sized.page.evaluate("document.documentElement.scrollWidth") <= 718
+    # Negative control: the table in the letters of a screen.
+    sized.page.add_style_tag(content="#table { font-size: 14px !important; }")
+    assert sized.page.evaluate("document.documentElement.scrollWidth") > 718
+    sized.page.emulate_media(media="screen")
+    sized.page.wait_for_selector("html:not([data-whole])", state="attached")
