@@ -28,7 +28,8 @@ FACETS = {
 
 def columns_of(frame: pd.DataFrame, records: Sequence[Record]) -> dict[str, Any]:
     """What a page knows of each trial, in the order of the frame's rows: `ids`, `status`, `reasons`, `attempts`; `spec`
-    and `metrics`, the columns of the table, and `same`, what all have in common; `facets`, by which it is filtered."""
+    and `metrics`, the columns of the table; `same` and `shared`, what all have in common, to read and as columns of the
+    CSV; `facets`, by which it is filtered."""
     table = trials_table(frame, list(records))
     reasons = {record.id: record.reason or "" for record in records}
     return {
@@ -42,6 +43,10 @@ def columns_of(frame: pd.DataFrame, records: Sequence[Record]) -> dict[str, Any]
         ],
         "metrics": _metrics(table),
         "same": table.same,
+        "shared": {
+            "spec": [{"heading": heading, "text": text} for heading, text in table.shared_spec.items()],
+            "metrics": [{"name": name, "value": _finite(cell.value)} for name, cell in table.shared_metrics.items()],
+        },
         "facets": _facets(frame),
     }
 

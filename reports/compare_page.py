@@ -29,6 +29,7 @@ from reports.compare_view import (
 from reports.origins import facts_of
 
 TEMPLATES = Path(__file__).parent / "templates"
+SCRIPTS = ("rows.js", "compare.js")
 EXIT_SYMBOLS = {0: "✓", 1: "✗", 3: "?", 4: "…"}
 # What the list of trials says, not the verdict.
 _OF_TRIALS = ("missing in run", "missing in base", "status different", "no result in both")
@@ -99,7 +100,7 @@ def as_html(comparison: Comparison) -> str:
         harness_version=version("revnet-harness"),
         plotly_js=Markup(get_plotlyjs()),
         style=Markup((TEMPLATES / "report.css").read_text()),
-        script=Markup((TEMPLATES / "compare.js").read_text()),
+        script=Markup("\n".join((TEMPLATES / name).read_text() for name in SCRIPTS)),
     )
 
 

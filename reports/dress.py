@@ -92,9 +92,9 @@ def dressed(figure: go.Figure, description: str) -> go.Figure:
     """Room for the legend below the axes, so that many strategies cover nothing; `description` is read aloud."""
     return figure.update_layout(
         template="plotly_white",
-        height=470,
-        # Above the panels' titles there is room for the tool bar.
-        margin={"l": 10, "r": 10, "t": 70, "b": 10},
+        height=430,
+        # For the panels' titles, or the tool bar.
+        margin={"l": 10, "r": 10, "t": 30, "b": 10},
         legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
         showlegend=True,
         font={"size": 13},

@@ -110,7 +110,7 @@ def drift_by_block(frame: pd.DataFrame, traces: pd.DataFrame) -> go.Figure | Non
     figure.update_xaxes(title_text="reversible block, from the input", type="category")
     figure.update_yaxes(title_text="network · precision", type="category", autorange="reversed")
     figure = dressed(figure, "Relative error of the rebuilt input of each block, log10, by network and precision")
-    return figure.update_layout(height=190 + 34 * len(labels), margin={"l": 10, "r": 10, "t": 40, "b": 10})
+    return figure.update_layout(height=180 + 34 * len(labels))
 
 
 def _add_flat(

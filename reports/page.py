@@ -25,9 +25,10 @@ from reports.origins import facts_of
 from reports.sections import Section, sections_of
 from reports.summary import headings_of, summary
 from reports.table import SYMBOLS
+from reports.tails import tails
 
 TEMPLATES = Path(__file__).parent / "templates"
-SCRIPTS = ("data.js", "filter.js", "figures.js", "table.js", "report.js")
+SCRIPTS = ("data.js", "rows.js", "filter.js", "kept.js", "figures.js", "table.js", "report.js")
 # Sections that are there where a study asks for them.
 ASKED_FOR = ("amplification", "training")
 # From so many points on a figure is drawn by WebGL.
@@ -44,6 +45,7 @@ def build_report(store: RunStore, refresh_s: int | None = None) -> str:
     summary_rows = summary(frame) if len(frame) else []
     sections = sections_of(store, frame)
     columns = columns_of(frame, records) if len(frame) else None
+    lines = laws(frame)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
@@ -57,21 +59,27 @@ def build_report(store: RunStore, refresh_s: int | None = None) -> str:
         answers=_answers(frame, sections),
         summary=summary_rows,
         summary_headings=headings_of(summary_rows),
-        laws=LAWS if len(laws(frame)) else None,
+        laws=LAWS if len(lines) else None,
         missing=missing,
         unplanned=sorted(store.unplanned_ids()),
         unmeasured=[record for record in records if record.status != "ok"],
+        tails=tails(store, records),
         symbols=SYMBOLS,
         sections=sections,
         origins=[(name, " / ".join(values)) for name, values in facts_of(frame).items() if values],
         columns=columns,
         step_bars=verdict.bars_sentence(frame),
         command=f"revnet run {store.uri}/study.yaml --out {store.uri}",
+        log_command=f"revnet logs {store.uri}",
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         harness_version=version("revnet-harness"),
         plotly_js=Markup(get_plotlyjs()),
         table_js=packed(datatables_js()) if columns else "",
-        data=packed(json.dumps({"columns": columns, "figures": _figures(sections)}, allow_nan=False)),
+        data=packed(
+            json.dumps(
+                {"columns": columns, "figures": _figures(sections), "laws": lines.to_csv(index=False)}, allow_nan=False
+            )
+        ),
         style=Markup(datatables_css() + (TEMPLATES / "report.css").read_text()),
         script=Markup("\n".join((TEMPLATES / name).read_text() for name in SCRIPTS)),
     )

@@ -11,6 +11,7 @@ from reports.frames import has_guard, modes_of, step_bars
 
 SYMBOLS = {"ok": "✓", "oom": "✗", "diverged": "∞", "unsupported": "–", "timeout": "…", "crashed": "!", "failed": "!"}
 MIB = 2**20
+UNSET = "–"
 
 
 class Column(NamedTuple):
@@ -43,12 +44,15 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """`same` are the columns that were left out, each with what it says of all trials."""
+    """What all trials have in common is in `same` as text, and in `shared_spec` and `shared_metrics`, by heading and by
+    name, as the cell that each trial would have."""
 
     spec: list[str]
     metrics: list[Column]
     rows: list[Row]
     same: list[str]
+    shared_spec: dict[str, str]
+    shared_metrics: dict[str, Cell]
 
 
 def _mib(value: float) -> str:
@@ -118,8 +122,11 @@ def trials_table(frame: pd.DataFrame, records: list[Record]) -> Table:
     }
     same_spec = [name for name, texts in spec.items() if name not in MAIN_SPEC and _says_one_thing(texts)]
     same_metrics = [column for column, cells in metrics.items() if column.more and _says_one_thing(cells)]
-    same = [f"{_spec_heading(name)} {spec.pop(name)[0]}" for name in same_spec]
-    same += _said_once({column: metrics.pop(column)[0] for column in same_metrics})
+    shared_spec = {_spec_heading(name): spec.pop(name)[0] for name in same_spec}
+    shared_metrics = {column: metrics.pop(column)[0] for column in same_metrics}
+    # What is not set at all says least.
+    told = sorted(shared_spec.items(), key=lambda said: said[1] == UNSET)
+    same = [f"{heading} {text}" for heading, text in told] + _said_once(shared_metrics)
     rows = [
         Row(
             id=record.id,
@@ -131,7 +138,8 @@ def trials_table(frame: pd.DataFrame, records: list[Record]) -> Table:
         )
         for index, record in enumerate(ordered)
     ]
-    return Table([_spec_heading(name) for name in spec], list(metrics), rows, same)
+    named = {column.name: cell for column, cell in shared_metrics.items()}
+    return Table([_spec_heading(name) for name in spec], list(metrics), rows, same, shared_spec, named)
 
 
 def _columns(records: list[Record]) -> list[Column]:
@@ -187,7 +195,7 @@ def _spec_heading(name: str) -> str:
 
 def _spec_text(name: str, value: object) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "–"
+        return UNSET
     if name == "budget_bytes" and isinstance(value, int | float):
         return f"{value / MIB:g}"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -22,24 +22,21 @@
   const rows = [...body.rows];
   const headings = [...table.tHead.rows[0].cells];
 
+  const notFinite = { inf: Infinity, "-inf": -Infinity };
   const key = (row, column) => {
     const cell = row.cells[column];
     const text = cell.dataset.sort ?? cell.textContent.trim();
-    const number = Number(text);
-    return text === "" ? null : Number.isNaN(number) ? text : number;
+    const number = notFinite[text] ?? Number(text);
+    return text === "" ? null : Number.isNaN(number) && text !== "nan" ? text : number;
   };
-  const order = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b)));
   headings.forEach((heading, column) => {
     heading.querySelector("button").addEventListener("click", () => {
       const ascending = heading.getAttribute("aria-sort") !== "ascending";
       headings.forEach((other) => other.setAttribute("aria-sort", "none"));
       heading.setAttribute("aria-sort", ascending ? "ascending" : "descending");
       const keyed = rows.map((row) => [key(row, column), row]);
-      keyed.sort(([a], [b]) => {
-        // What there is not stays below, whichever way the column is sorted.
-        if (a === null || b === null) return (a === null) - (b === null);
-        return ascending ? order(a, b) : order(b, a);
-      });
+      const order = inOrder(ascending);
+      keyed.sort(([a], [b]) => order(a, b));
       body.append(...keyed.map(([, row]) => row));
     });
   });
@@ -48,7 +45,7 @@
   const filter = document.getElementById("filter");
   const shown = document.getElementById("shown");
   const apply = () => {
-    const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const words = wordsOf(filter.value);
     let count = 0;
     for (const row of rows) {
       const text = row.textContent.toLowerCase();

@@ -10,11 +10,11 @@ const unpacked = async (id) => {
 const escaped = (text) =>
   String(text).replace(/[&<>"']/g, (letter) => `&#${letter.charCodeAt(0)};`);
 
-/** Rows of texts and numbers as a file that spreadsheets open, without a cell that they would run. */
+/** Rows of texts and numbers as a file that spreadsheets open, without a cell that they would run; a number is none. */
 const csvOf = (rows) => {
   const cell = (value) => {
     let text = value === null || value === undefined ? "" : String(value);
-    if (typeof value === "string" && /^[=+\-@\t\r]/.test(text)) text = `'${text}`;
+    if (/^[=+\-@\t\r]/.test(text) && Number.isNaN(Number(text))) text = `'${text}`;
     return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
   };
   return rows.map((row) => row.map(cell).join(",")).join("\n") + "\n";

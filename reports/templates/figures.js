@@ -1,59 +1,5 @@
 "use strict";
 
-/** A figure without the trials that the filter hides. What is drawn of several trials stands or falls with all of them,
- * so that no median and no line counts one that is not there; a line of a heat map with any, since all are one network. */
-const filtered = (figure, isShown) => {
-  const kept = (trace) => {
-    const meta = trace.meta ?? {};
-    if (meta.all) return meta.all.every(isShown) ? trace : { ...trace, visible: false };
-    if (meta.points) {
-      const places = meta.points.flatMap((rows, place) => (rows.every(isShown) ? [place] : []));
-      return places.length === meta.points.length ? trace : taken(trace, places);
-    }
-    if (meta.segments) {
-      const places = meta.segments.flatMap((rows, place) =>
-        rows.every(isShown) ? [3 * place, 3 * place + 1, 3 * place + 2] : []);
-      return places.length === 3 * meta.segments.length ? trace : taken(trace, places);
-    }
-    if (meta.lines) {
-      const places = meta.lines.flatMap((rows, place) => (rows.some(isShown) ? [place] : []));
-      const pick = (values) => values && places.map((place) => values[place]);
-      return { ...trace, y: pick(trace.y), z: pick(trace.z), text: pick(trace.text),
-        customdata: pick(trace.customdata), visible: places.length > 0 };
-    }
-    return trace;
-  };
-  return withLegend(figure.data, figure.data.map(kept));
-};
-
-/** Of the traces of one name the first that shows anything stands for them in the legend. */
-const withLegend = (before, now) => {
-  const entry = (trace) => `${trace.legendgroup}|${trace.name}`;
-  const inLegend = before.filter((trace) => trace.name && trace.showlegend !== false);
-  const wanted = new Set(inLegend.map(entry));
-  // An entry that draws nothing stands for all of its name, whatever they look like.
-  for (const key of inLegend.filter((trace) => !trace.meta)) wanted.delete(entry(key));
-  const moved = new Set(wanted);
-  const isEmpty = (trace) => trace.visible === false || (trace.meta?.points && trace.x.length === 0);
-  return now.map((trace) => {
-    if (!trace.name || !trace.legendgroup || !moved.has(entry(trace)) || isEmpty(trace)) return trace;
-    return { ...trace, showlegend: wanted.delete(entry(trace)) };
-  });
-};
-
-const taken = (trace, places) => {
-  const pick = (values) => (Array.isArray(values) ? places.map((place) => values[place]) : values);
-  const own = { ...trace, meta: { ...trace.meta } };
-  if (trace.meta.points) own.meta.points = pick(trace.meta.points);
-  if (trace.meta.more) own.meta.more = Object.fromEntries(Object.entries(trace.meta.more).map(([head, values]) => [head, pick(values)]));
-  for (const name of ["x", "y", "text", "customdata"]) own[name] = pick(trace[name]);
-  if (trace.error_y) {
-    own.error_y = { ...trace.error_y, array: pick(trace.error_y.array), arrayminus: pick(trace.error_y.arrayminus) };
-  }
-  if (Array.isArray(trace.marker?.size)) own.marker = { ...trace.marker, size: pick(trace.marker.size) };
-  return own;
-};
-
 /** What a figure shows, as rows: which series, which panel, and its numbers. */
 const rowsOf = (figure, data, ids) => {
   const title = (axis, letter) => {
@@ -93,14 +39,6 @@ const rowsOf = (figure, data, ids) => {
   return { heads: found, rows };
 };
 
-/** What stands in a figure that has nothing left to draw. */
-const said = (data) => {
-  const draws = (trace) => trace.visible !== false && (trace.meta || trace.stackgroup) && (trace.z ?? trace.x ?? []).length;
-  if (data.some(draws)) return {};
-  const text = { text: "The filter hides all trials that this figure draws.", showarrow: false, font: { size: 15 } };
-  return { annotations: [{ ...text, xref: "paper", yref: "paper", x: 0.5, y: 0.5 }], shapes: [] };
-};
-
 /** Of two figures side by side the scale that has room for both. */
 const besides = (view, figures) => {
   const pair = view.closest(".beside")?.querySelectorAll(".view");
@@ -112,26 +50,45 @@ const besides = (view, figures) => {
 
 // Of more rows nobody reads on; and on paper they would be a book.
 const LISTED = 300;
-const PAPER_PX = 700;
+const SCREEN = { autosize: true }, PAPER = { autosize: false, width: 670 };
+// Double click and the house do what these do; the fewer, the less of a title they hide.
+const LEFT_OUT = ["zoomIn2d", "zoomOut2d", "autoScale2d", "lasso2d", "select2d"];
 
 /** Draws a view when it comes into sight, and anew when the filter changed since. */
 const makeFigures = (figures, filter, ids) => {
   const views = [...document.querySelectorAll(".view[data-anchor]")].filter((view) => figures[view.dataset.anchor]);
-  const states = new Map(), kept = new Map();
-  let generation = 0;
+  const states = new Map(), kept = new Map(), frames = {};
+  // A zoom stays while the filter changes, until all is shown again.
+  let generation = 0, wholes = 0, size = SCREEN;
 
   const draw = async (view) => {
     const state = states.get(view);
-    if (view.hidden || state.drawn === generation) return;
-    state.drawn = generation;
-    const figure = figures[view.dataset.anchor];
+    const anchor = view.dataset.anchor, figure = figures[anchor];
+    const place = `${anchor} ${size.width ?? state.plot.clientWidth}`;
+    if (view.hidden || (state.drawn === generation && state.place === place)) return;
+    Object.assign(state, { drawn: generation, place });
     state.data = view.dataset.empty ? [] : filtered(figure, filter().isShown);
     view.querySelector(".figure").setAttribute("aria-label", figure.layout.meta.description);
     const many = state.data.some((trace) => trace.type === "scattergl");
-    await Plotly.react(state.plot, state.data, { ...figure.layout, ...besides(view, figures), ...said(state.data) }, {
-      responsive: true, displaylogo: false, plotGlPixelRatio: many ? 1 : 2,
-      toImageButtonOptions: { format: "svg", filename: view.dataset.anchor },
-    });
+    const show = (data) => {
+      // Plotly writes into a layout what its reader does, and the figure is to stay as it was.
+      const layout = { ...structuredClone(figure.layout), ...besides(view, figures), ...said(figure, data), ...size };
+      const frame = frames[place];
+      for (const [axis, ends] of Object.entries(frame?.axes ?? {})) layout[axis] = { ...layout[axis], ...structuredClone(ends) };
+      layout.margin = { ...layout.margin, ...frame?.margin };
+      layout.uirevision = `${anchor} ${wholes}`;
+      return Plotly.react(state.plot, data, layout, {
+        responsive: true, displaylogo: false, plotGlPixelRatio: many ? 1 : 2, modeBarButtonsToRemove: LEFT_OUT,
+        toImageButtonOptions: { format: "svg", filename: anchor },
+      });
+    };
+    let done = null;
+    if (!frames[place]) {
+      done = show(figure.data.map((trace) => ({ ...trace })));
+      frames[place] = frameOf(state.plot);
+    }
+    if (!done || !filter().isWhole()) done = show(state.data);
+    await done;
     view.dataset.drawn = String(generation);
     if (state.table.parentElement.open) list(view);
   };
@@ -141,6 +98,7 @@ const makeFigures = (figures, filter, ids) => {
     const shown = (value) => (typeof value === "number" ? Number(value.toPrecision(6)) : escaped(value ?? ""));
     const left = rows.length - LISTED;
     const note = left > 0 ? `<caption>The first ${LISTED} of ${rows.length} rows; the CSV has all.</caption>` : "";
+    state.table.classList.toggle("wide", heads.length > 5);
     state.table.innerHTML = `${note}<thead><tr>${heads.map((head) => `<th scope="col">${escaped(head)}</th>`).join("")}</tr></thead>`
       + `<tbody>${rows.slice(0, LISTED).map((row) => `<tr>${row.map((value) =>
         `<td${typeof value === "number" ? ' class="number"' : ""}>${shown(value)}</td>`).join("")}</tr>`).join("")}</tbody>`;
@@ -152,6 +110,7 @@ const makeFigures = (figures, filter, ids) => {
     }
   }, { rootMargin: "300px" });
 
+  window.addEventListener("resize", () => views.forEach((view) => states.get(view).near && draw(view)));
   for (const view of views) {
     states.set(view, { plot: view.querySelector(".plot"), table: view.querySelector("table"), drawn: -1, near: false });
     view.querySelector(".behind").addEventListener("toggle", (event) => event.target.open && list(view));
@@ -210,8 +169,9 @@ const makeFigures = (figures, filter, ids) => {
     });
   }
   return {
-    refresh: () => {
+    refresh: (isWhole) => {
       generation += 1;
+      wholes += isWhole ? 1 : 0;
       repick();
       // What is in sight at once, by a third at least; what is near it, after that.
       const near = views.filter((view) => states.get(view).near);
@@ -223,24 +183,22 @@ const makeFigures = (figures, filter, ids) => {
         setTimeout(() => near.forEach(draw), 0);
       });
     },
-    /** For print: all of it, whatever is in sight. */
-    drawAll: async () => {
+    /** For print, all of it, whatever is in sight: drawn when this returns, for a browser may wait for nothing. */
+    drawAll: () => {
+      size = PAPER;
       for (const view of views) {
-        kept.set(view, { hidden: view.hidden, open: view.querySelector(".behind").open });
+        kept.set(view, view.hidden);
         view.hidden = false;
-        view.querySelector(".behind").open = true;
-      }
-      for (const view of views) {
-        await draw(view);
-        await Plotly.relayout(states.get(view).plot, { autosize: false, width: PAPER_PX });
+        draw(view);
         list(view);
       }
     },
     putBack: () => {
-      for (const [view, { hidden, open }] of kept) {
+      size = SCREEN;
+      for (const [view, hidden] of kept) {
         view.hidden = hidden;
-        view.querySelector(".behind").open = open;
-        Plotly.relayout(states.get(view).plot, { autosize: true, width: null });
+        // The others when they come into sight.
+        if (states.get(view).near) draw(view);
       }
       kept.clear();
     },

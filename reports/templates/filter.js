@@ -14,7 +14,7 @@ const makeFilter = (columns, root, changed) => {
   let mask = new Uint8Array(count).fill(1);
 
   const look = () => {
-    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const words = wordsOf(search.value);
     const facets = columns.facets.filter((facet) => chosen.get(facet.key).size);
     let shown = 0;
     mask = new Uint8Array(count);
@@ -102,5 +102,5 @@ const makeFilter = (columns, root, changed) => {
   });
   recall();
   look();
-  return { isShown: (row) => mask[row] === 1, mask: () => mask };
+  return { isShown: (row) => mask[row] === 1, isWhole: () => !mask.includes(0) };
 };

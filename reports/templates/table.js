@@ -10,10 +10,9 @@ const makeTable = async (columns, filter) => {
 
   const word = (column) => (row) => column.words[column.codes[row]];
   const plain = (heading, of, more = false) => ({
-    title: escaped(heading), data: null, type: "string", visible: !more, more,
+    title: escaped(heading), data: null, type: "any", visible: !more, more,
     render: ({ row }, kind) => (kind === "display" ? escaped(of(row)) : of(row)),
   });
-  const log = ({ row }) => `<a href="logs/${columns.ids[row]}.log">log</a>`;
   const described = [
     { ...plain("id", (row) => columns.ids[row]), render: ({ row }, kind) =>
       (kind === "display" ? `<code>${columns.ids[row]}</code>` : columns.ids[row]) },
@@ -21,25 +20,23 @@ const makeTable = async (columns, filter) => {
     ...columns.spec.map((column) => {
       const own = plain(column.heading, word(column));
       const isNumeric = column.words.every((text) => text === "–" || !Number.isNaN(Number(text)));
-      if (isNumeric) {
-        own.type = "num";
-        own.render = ({ row }, kind) => (kind === "display" ? escaped(word(column)(row)) : Number(word(column)(row)) || 0);
-      }
+      const value = (text) => (text === "–" ? null : isNumeric ? Number(text) : text);
+      own.render = ({ row }, kind) => (kind === "display" ? escaped : value)(word(column)(row));
       return own;
     }),
     ...columns.metrics.map((column) => ({
-      title: escaped(column.heading), data: null, type: "num", className: "number", visible: !column.more, more: column.more,
+      title: escaped(column.heading), data: null, type: "any", className: "number", visible: !column.more, more: column.more,
       render: ({ row }, kind) => {
-        if (kind !== "display") return column.values[row] === null ? -Infinity : Number(column.values[row]);
+        if (kind !== "display") return column.values[row] === null ? null : Number(column.values[row]);
         const why = column.whys.words[column.whys.codes[row]];
         const text = escaped(column.texts.words[column.texts.codes[row]]);
         return why ? `<span class="why" title="${escaped(why)}">${text}</span>` : text;
       },
     })),
-    { ...plain("attempts", (row) => columns.attempts[row]), type: "num", className: "number" },
-    { title: "log", data: null, orderable: false, render: log },
+    { ...plain("attempts", (row) => columns.attempts[row]), className: "number" },
     plain("reason", word(columns.reasons), true),
   ];
+  Object.assign(jQuery.fn.dataTable.ext.type.order, { "any-asc": inOrder(true), "any-desc": inOrder(false) });
   jQuery.fn.dataTable.ext.search.push((settings, texts, place) => filter().isShown(place));
   const table = jQuery(element).DataTable({
     data: columns.ids.map((_, row) => ({ row })),
@@ -64,10 +61,12 @@ const makeTable = async (columns, filter) => {
   });
   document.querySelector("#trials .csv").addEventListener("click", () => {
     const shown = columns.ids.map((_, row) => row).filter((row) => filter().isShown(row));
-    const heads = ["id", "status", ...columns.spec.map((column) => column.heading),
-      ...columns.metrics.map((column) => column.name), "attempts", "reason"];
+    const { spec, metrics } = columns.shared;
+    const heads = ["id", "status", ...[...columns.spec, ...spec].map((column) => column.heading),
+      ...[...columns.metrics, ...metrics].map((column) => column.name), "attempts", "reason"];
     const rows = shown.map((row) => [columns.ids[row], word(columns.status)(row).split(" ").pop(),
-      ...columns.spec.map((column) => word(column)(row)), ...columns.metrics.map((column) => column.values[row]),
+      ...columns.spec.map((column) => word(column)(row)), ...spec.map((column) => column.text),
+      ...columns.metrics.map((column) => column.values[row]), ...metrics.map((column) => column.value),
       columns.attempts[row], word(columns.reasons)(row)]);
     download("trials.csv", csvOf([heads, ...rows]));
   });

@@ -12,6 +12,8 @@ from harness.record import Record, Status, TraceRow
 from harness.store import RunStore
 from reports.compare import Comparison, compare_sides, read_side
 from reports.limits import parse_limit
+from reports.page import build_report
+from tests.reports.browser import Opened, browser_page
 
 MIB = 2**20
 SLOPES_MIB = {"stored": 8.5, "checkpointed": 1.25, "reconstructed": 0.125}
@@ -196,3 +198,45 @@ def sweep_of_trials() -> list[Record]:
 @pytest.fixture
 def sweep() -> list[Record]:
     return sweep_of_trials()
+
+
+@pytest.fixture(scope="module")
+def records() -> list[Record]:
+    sweep = [predicted(record) for record in sweep_of_trials()]
+    reason = "too large: <b>1 GiB</b>, =cmd()"
+    return [*sweep, trial(99, depth=50, batch_size=32, status="oom", reason=reason)]
+
+
+@pytest.fixture(scope="module")
+def report(records: list[Record], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = RunStore(tmp_path_factory.mktemp("browser") / "run")
+    store.open_for(STUDY, [record.id for record in records])
+    for record in records:
+        store.write_trial(record, [*drift_rows(record), *step_rows(record)], b"log")
+    return Path(store.write_report(build_report(store)))
+
+
+def step_rows(record: Record) -> Iterator[TraceRow]:
+    """A step whose saved bytes rise to the record's and fall again."""
+    peak = record.metrics.get("activation_peak_bytes", 0)
+    for index, share in enumerate((0, 0.5, 1, 0.5, 0)):
+        yield TraceRow("memory", index, "time_s", 0.01 * index)
+        yield TraceRow("memory", index, "live_bytes", share * peak)
+        yield TraceRow("memory", index, "saved_bytes", share * peak)
+        yield TraceRow("memory", index, "unattributed_bytes", 0)
+    yield from (TraceRow("phases", 0, "backward_s", 0.02), TraceRow("phases", 0, "end_s", 0.04))
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[Opened]:
+    with browser_page(viewport={"width": 1280, "height": 900}) as opened:
+        yield opened
+
+
+@pytest.fixture
+def opened(session: Opened, report: Path) -> Opened:
+    session.complaints.clear()
+    session.page.goto("about:blank")
+    session.page.emulate_media(media="screen")
+    session.open(report)
+    return session

@@ -8,6 +8,7 @@ from harness.record import Record, Status
 from reports.fidelity import guard_sentences
 from reports.frames import trials_frame
 from reports.page import build_report
+from reports.tails import LINES, TRIALS, tails
 from tests.reports.conftest import Make, predicted, trial, with_metrics
 from tests.reports.packed import packed_in
 
@@ -48,7 +49,8 @@ def test_the_law_says_how_straight_it_is(make_run: Make, sweep: list[Record]) ->
     html = build_report(make_run(sweep))
     assert "8.50 ± 0" in html
     assert html.count("Every point is on its line to the byte.") == 2
-    assert 'href="laws.csv"' in html
+    assert 'data-name="laws.csv"' in html
+    assert packed_in(html)["laws"].startswith("model,strategy,batch_size,metric,slope_bytes")
     peak = int(sweep[0].metrics["activation_peak_bytes"])
     bent = [with_metrics(sweep[0], activation_peak_bytes=peak + 3 * 2**20), *sweep[1:]]
     html = build_report(make_run(bent))
@@ -90,8 +92,25 @@ def test_every_status_is_there_with_its_reason_and_log(make_run: Make, status: S
     record = trial(7, status=status, reason=f"because of {status}")
     html = build_report(make_run([trial(1), record]))
     assert f"because of {status}" in html
-    assert f'href="logs/{record.id}.log"' in html
-    assert ("came to no result" in html) == (status in ("timeout", "crashed", "failed"))
+    is_no_result = status in ("timeout", "crashed", "failed")
+    assert ("came to no result" in html) == is_no_result
+    assert ("<pre>log</pre>" in html) == is_no_result
+    assert re.search(r"<code>revnet logs \S+/run ID</code>", html)
+
+
+def test_of_a_log_the_end_is_in_the_page_as_text_and_of_many_trials_the_first(make_run: Make) -> None:
+    failed = [trial(n, seed=n, status="failed", reason="x") for n in range(TRIALS + 1)]
+    store = make_run(failed)
+    store.write_log(
+        failed[0].id, "\n".join(["early", *["line"] * LINES, "<b>last</b> \udc80"]).encode("utf8", "replace")
+    )
+    store.write_log(failed[1].id, b" \n")
+    found = tails(store, [trial(99, status="oom"), *failed])
+    assert list(found) == [record.id for record in failed[:TRIALS] if record is not failed[1]]
+    assert found[failed[0].id] == "\n".join([*["line"] * (LINES - 1), "<b>last</b> ?"])
+    html = build_report(store)
+    assert "&lt;b&gt;last&lt;/b&gt; ?" in html
+    assert "early" not in own_html(html)
 
 
 def test_what_was_not_measured_has_its_reason(make_run: Make) -> None:
