@@ -1,5 +1,11 @@
 "use strict";
 
+/** After what has been drawn is seen. */
+const whenIdle = window.requestIdleCallback?.bind(window) ?? ((task) => setTimeout(task, 50));
+
+/** A trace without what only its table shows: Plotly looks through all that it is given. */
+const drawn = (trace) => (trace.meta?.more ? { ...trace, meta: { ...trace.meta, more: null } } : trace);
+
 /** What a figure shows, as rows: which series, which panel, and its numbers. */
 const rowsOf = (figure, data, ids) => {
   const title = (axis, letter) => {
@@ -8,11 +14,11 @@ const rowsOf = (figure, data, ids) => {
   };
   const panels = !figure.layout.xaxis2 ? [] : (figure.layout.annotations ?? []).map((note) => note.text.replaceAll("<br>", " "));
   const panelOf = (trace) => panels[Number((trace.xaxis ?? "x").slice(1) || 1) - 1] ?? "";
-  const drawn = data.filter((trace) => trace.visible !== false && trace.hoverinfo !== "skip"
+  const listed = data.filter((trace) => trace.visible !== false && trace.hoverinfo !== "skip"
     && (trace.z || trace.x?.some((value) => value !== null)));
   const heads = new Set(), rows = [];
-  const more = [...new Set(drawn.flatMap((trace) => Object.keys(trace.meta?.more ?? {})))];
-  for (const trace of drawn) {
+  const more = [...new Set(listed.flatMap((trace) => Object.keys(trace.meta?.more ?? {})))];
+  for (const trace of listed) {
     if (trace.z) {
       if (!trace.customdata) continue;
       heads.add(`${title(trace.yaxis, "y")}|${title(trace.xaxis, "x")}|relative error`);
@@ -77,7 +83,7 @@ const makeFigures = (figures, filter, ids) => {
       for (const [axis, ends] of Object.entries(frame?.axes ?? {})) layout[axis] = { ...layout[axis], ...structuredClone(ends) };
       layout.margin = { ...layout.margin, ...frame?.margin };
       layout.uirevision = `${anchor} ${wholes}`;
-      return Plotly.react(state.plot, data, layout, {
+      return Plotly.react(state.plot, data.map(drawn), layout, {
         responsive: true, displaylogo: false, plotGlPixelRatio: many ? 1 : 2, modeBarButtonsToRemove: LEFT_OUT,
         toImageButtonOptions: { format: "svg", filename: anchor },
       });
@@ -180,7 +186,7 @@ const makeFigures = (figures, filter, ids) => {
         return 3 * (Math.min(bottom, innerHeight) - Math.max(top, 0)) > height;
       };
       return Promise.all(near.filter(isSeen).map(draw)).then(() => {
-        setTimeout(() => near.forEach(draw), 0);
+        whenIdle(() => near.forEach(draw));
       });
     },
     /** For print, all of it, whatever is in sight: drawn when this returns, for a browser may wait for nothing. */
