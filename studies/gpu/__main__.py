@@ -65,7 +65,8 @@ def depth_command(
 ) -> None:
     """RevNets of 1,000 and 10,000 layers train a step; and the deepest that fits, stored and reconstructed."""
     place = device_named(device)
-    result = depth_benchmark.measure(place, depth_benchmark.SMALL if small else depth_benchmark.Question(memory=memory))
+    asked = depth_benchmark.SMALL if small else depth_benchmark.Question(memory=memory)
+    result = depth_benchmark.measure(place, asked, lambda so_far: so_far.write(json_path, place) if json_path else None)
     _show(depth_benchmark.as_text, result, json_path, place, small)
 
 

@@ -56,12 +56,14 @@ SMALL = Question(
 )
 
 
-def measure(device: torch.device, asked: Question) -> Result:
+def measure(device: torch.device, asked: Question, keep: Callable[[Result], None] = lambda result: None) -> Result:
+    """keep: is given what there is after each row, in case the time ends before the last."""
     result = Result(benchmark="depth", settings={**vars(asked), "device": device.type})
     for depth in asked.layers:
         row = {"what": "one step", "activations": "reconstructed", "depth": depth}
         row |= _one_step(device, asked, "reconstructed", depth, asked.layer_channels)
         result.rows.append(row)
+        keep(result)
     memory_bytes = parse_memory(asked.memory)
     if memory_bytes is None:
         raise HarnessError(f"--memory {asked.memory}: give an amount, such as 32GiB.")
@@ -76,6 +78,7 @@ def measure(device: torch.device, asked: Question) -> Result:
     try:
         for activations in ("stored", "reconstructed"):
             result.rows.append(_limit(device, asked, activations, memory_bytes))
+            keep(result)
     finally:
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0, device)
@@ -193,11 +196,12 @@ def _train(
         x = torch.randn(asked.batch_size, 3, asked.image_size, asked.image_size)
         labels = torch.zeros(asked.batch_size, dtype=torch.long)
     step = step_of(model, (x, labels), graph=False)
-    step((x, labels))
+    first_loss = step((x, labels)).item()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-    figures: dict[str, Any] = {"step_s": time_step(device, lambda: _take(step, (x, labels)))}
+    figures: dict[str, Any] = {"first_loss": first_loss}
+    figures["step_s"] = time_step(device, lambda: _take(step, (x, labels)))
     if device.type == "cuda":
         figures["allocated_peak_bytes"] = torch.cuda.max_memory_allocated(device)
         figures["reserved_peak_bytes"] = torch.cuda.max_memory_reserved(device)

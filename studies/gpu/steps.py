@@ -1,8 +1,8 @@
 """Step times of RevNet-110: every activations, eager and as one CUDA graph, beside memcnn and RevTorch.
 
 Each round runs one step of everyone, in an order that moves on; only times of the same round are divided. A step is
-forward, loss, backward and update. Peak: allocated in a step above what is allocated between steps. Pool: what the
-capture took of the device, for as long as the graph is there.
+forward, loss, backward and update. Peak, of eager steps: allocated in a step above what is allocated between steps.
+Pool, of graphs: what the capture took of the device, for as long as the graph is there.
 """
 
 import importlib.util
@@ -48,6 +48,9 @@ def measure(device: torch.device, sizes: Sizes, compute: str, rounds: int) -> Re
         except (ReversibleError, RuntimeError, AttributeError, TypeError) as error:
             row["reason"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         free(device)
+    # Once more, so that nobody's first measured step takes memory from the device.
+    for step in steps.values():
+        step()
     times: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(rounds):
         for name in interleaved(list(steps), round_):
@@ -87,7 +90,7 @@ def _warm(runner: Runner, batch: tuple[Tensor, Tensor], device: torch.device, ro
         step(batch)
         if step.captured and not captured:
             row["pool_bytes"] = torch.cuda.memory_reserved(device) - before_bytes
-    if device.type == "cuda":
+    if device.type == "cuda" and runner.how == EAGER:
         torch.cuda.synchronize(device)
         between_bytes = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
