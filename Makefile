@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := python3 -m pip --python $(BIN)/python --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: study test peers predictions lint types clean
+.PHONY: study test peers predictions gpu lint types clean
 .DELETE_ON_ERROR:
 
 study: $(VENV)/ready
@@ -24,6 +24,22 @@ peers: $(VENV)/ready-peers
 predictions: export KINETO_LOG_LEVEL := 99
 predictions: $(VENV)/ready
 	$(BIN)/python -m studies.predictions
+
+# On a machine with PyTorch and CUDA, whose own Python is taken as it is: nothing is installed. DEVICE=cpu runs it all at
+# tiny sizes, to see that it runs.
+GPU_PYTHON ?= python3
+MINUTES ?= 12
+DEVICE ?= cuda
+OUT ?= docs/results
+gpu:
+	@for python in "$(GPU_PYTHON)" "$(BIN)/python"; do \
+	  if "$$python" -c 'import sys, torch; sys.exit("$(DEVICE)" == "cuda" and not torch.cuda.is_available())' 2>/dev/null; then \
+	    exec "$$python" -m studies.gpu all --device $(DEVICE) --minutes $(MINUTES) --out "$(OUT)" $(if $(DATA),--data "$(DATA)"); \
+	  fi; \
+	done; \
+	echo 'make gpu: neither $(GPU_PYTHON) nor $(BIN)/python has a PyTorch that sees a CUDA device.' >&2; \
+	echo 'Name one that has with GPU_PYTHON=..., or see it run at tiny sizes on the CPU with DEVICE=cpu. docs/gpu.md says what it needs.' >&2; \
+	exit 2
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .

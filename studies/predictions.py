@@ -1,8 +1,8 @@
 """Prediction against measurement: `python -m studies.predictions`, or `make predictions`.
 
 Every family x what becomes of its activations x two depths x two batch sizes, each step run for real and read from the
-allocator's own events, beside what `harness.predict` says of it. On the CPU and outside an engine, whose own buffers
-tests/harness/test_predict.py looks at.
+allocator's own events, beside what `harness.predict` says of it. On the CPU (for a GPU: `python -m studies.gpu
+predictions`) and outside an engine, whose own buffers tests/harness/test_predict.py looks at.
 """
 
 import gc
@@ -29,6 +29,7 @@ BATCH_SIZES = (4, 24)
 IMAGENET_BATCH_SIZES = (2, 6)
 IMAGENET_IMAGE_SIZE = 64
 BUDGET_BYTES = 4 * MIB
+CPU = torch.device("cpu")
 # Of the measured figure.
 SAVED_LIMIT, PEAK_LIMIT = 0.01, 0.05
 
@@ -69,21 +70,22 @@ def specs(compute: str = "fp32") -> Iterator[TrialSpec]:
             )
 
 
-def compare(spec: TrialSpec) -> Compared:
+def compare(spec: TrialSpec, device: torch.device = CPU) -> Compared:
     """One step after a first one, with the gradients there before it, as in a trial."""
-    model = create(spec)
+    model = create(spec).to(device)
     size = spec.data.image_size
-    x, labels = torch.randn(spec.batch_size, 3, size, size), torch.zeros(spec.batch_size, dtype=torch.long)
+    x = torch.randn(spec.batch_size, 3, size, size, device=device)
+    labels = torch.zeros(spec.batch_size, dtype=torch.long, device=device)
 
     def forward() -> torch.Tensor:
-        with torch.autocast("cpu", enabled=spec.compute == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=spec.compute == "bf16"):
             logits = model(x)
         return loss_of(logits, labels)
 
     forward().backward()
     _collect(model)
-    use = measure_memory(torch.device("cpu"), forward, lambda loss: loss.backward())
-    step = step_memory(spec, Device("cpu", torch.get_num_threads()))
+    use = measure_memory(device, forward, lambda loss: loss.backward())
+    step = step_memory(spec, Device("cuda" if device.type == "cuda" else "cpu", torch.get_num_threads()))
     return Compared(spec, use.activation_saved_bytes, use.activation_peak_bytes, step.saved_bytes, step.peak_bytes)
 
 

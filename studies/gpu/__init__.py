@@ -1,0 +1,1 @@
+"""What only a GPU can answer: `python -m studies.gpu BENCHMARK`, or all of it with `make gpu`."""
