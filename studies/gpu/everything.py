@@ -27,6 +27,8 @@ NOT_STARTED = "not started: the time was over"
 TESTS = "tests"
 # A benchmark that is not begun with at least so much left would only be cut off.
 LEAST_S = 20.0
+# With the seconds that each may take.
+STUDIES = (("graphs", 240), ("revnet110", 600), ("imagenet", 240))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,7 @@ def items(folder: Path, device: torch.device, *, small: bool, data: str | None, 
         benchmark("depth", most_s=240),
         *(benchmark(f"steps-{c}", "--compute", c, most_s=150, kind="steps") for c in computes),
         *((train("revnet38", training_s), train("resnet32", training_s)) if data or small else ()),
-        *((study("quickstart", 60),) if small else (study("gpu/revnet110", 600), study("gpu/imagenet", 240))),
+        *((study("quickstart", 60),) if small else (study(f"gpu/{name}", most_s) for name, most_s in STUDIES)),
     ]
 
 

@@ -359,5 +359,5 @@ def test_what_cannot_be_captured_is_named() -> None:
     model = Peeking(6, 6)
     batch = torch.randn(2, 6), torch.randn(2, 6)
     step = TrainingStep(model, square, sgd(model), batch)
-    with pytest.raises(CaptureError, match=r"_local_scalar_dense \(forward, the model \(Peeking\), test_graphs.py"):
+    with pytest.raises(CaptureError, match=r"_local_scalar_dense \(forward, the model \(Peeking\), graph_cases.py"):
         train(step, [batch] * 3)
