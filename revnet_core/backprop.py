@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from revnet_core.chain import ChainRun, Derivatives, Meter, Streams, buffers, derivatives
-from revnet_core.errors import DoubleBackwardError
+from revnet_core.errors import DoubleBackwardError, UnsupportedError
 from revnet_core.exactness import Judge
 from revnet_core.gradients import Gradients
+from revnet_core.overlapped import OverlappedWay
 from revnet_core.partitioned import Uses, is_partitioned
 from revnet_core.probe import Probe
 from revnet_core.walk import modules_of, trained_parameters
@@ -30,6 +32,7 @@ def backpropagate(
     judge: Judge,
     meter: Meter | None = None,
     probe: Probe | None = None,
+    overlapped: bool = False,
 ) -> tuple[Tensor, ...]:
     """Run the chain so that backward rebuilds what it needs.
 
@@ -37,11 +40,14 @@ def backpropagate(
     join    whether the output is one tensor or the two streams
     judge   gets the verdict on each exact reconstruction
     probe   compares the input of a block with what the backward rebuilds
+    overlapped
+            see `OverlappedWay`
 
-    Raises DoubleBackwardError, OutsideTensorError and what `judge` and `probe` raise in the backward.
+    Raises UnsupportedError for an overlapped walk of partitioned parameters; DoubleBackwardError, OutsideTensorError
+    and what `judge` and `probe` raise in the backward.
     """
     side = {name: value for name, value in run.side.items() if isinstance(value, Tensor)}
-    walk = _Walk(run, split_dim, list(side), judge, meter, probe)
+    walk = _Walk(run, split_dim, list(side), judge, meter, probe, overlapped)
     # A partitioned parameter cannot be a node's input, so something else has to ask for a gradient.
     anchor = torch.empty((), device=inputs[0].device, requires_grad=walk.uses is not None)
     token: Any = _Open.apply(walk, anchor, *inputs)
@@ -65,6 +71,7 @@ class _Walk:
         judge: Judge,
         meter: Meter | None,
         probe: Probe | None,
+        overlapped: bool,
     ) -> None:
         self.run = run
         self.split_dim = split_dim
@@ -72,8 +79,14 @@ class _Walk:
         self.meter = meter
         self.judge = judge
         self.probe = probe
+        self.overlapped = overlapped
         self._parameters = [trained_parameters(modules_of(block)) for block in run.blocks]
         partitioned = any(is_partitioned(p) for parameters in self._parameters for p in parameters)
+        if partitioned and overlapped:
+            raise UnsupportedError(
+                "overlapped=True evaluates a block while the gradient of another is taken, and ZeRO-3 gathers "
+                "parameters for one at a time. Set overlapped=False, or use ZeRO 0 to 2."
+            )
         self.uses = Uses(run.nets()) if partitioned else None
         self._back: weakref.ref[_Back] | None = None
 
@@ -114,11 +127,20 @@ class _Back:
         self._side, self._last = side, last
         # The blocks from this one on have been walked back.
         self._walked = len(walk.run.blocks)
+        self._way = OverlappedWay(self._run, walk.side_names, side) if walk.overlapped else None
+        if self._way:
+            # An error elsewhere ends the backward between two of its blocks.
+            weakref.finalize(self, self._way.lanes.join).atexit = False
 
-    def step(self, index: int) -> Gradients:
+    def step(self, index: int, node: Any) -> Gradients:
+        """node: of the block, in the backward that runs."""
         assert self._gradients is not None
-        gradients = Gradients(self._side, self._walk.uses)
-        self._run.back(index, self._gradients, gradients, forget=self._last)
+        if self._way:
+            goes_on = index > 0 and _will_run(node.next_functions[0][0])
+            gradients = self._way.back(index, self._gradients, forget=self._last, goes_on=goes_on)
+        else:
+            gradients = Gradients(self._side, self._walk.uses)
+            self._run.back(index, self._gradients, gradients, forget=self._last)
         self._walked = index
         if self._walk.probe:
             self._walk.probe.compare(index, _values(self._run))
@@ -127,6 +149,8 @@ class _Back:
     def finish(self, joined: bool) -> tuple[Tensor | None, ...]:
         """The gradients by the chain's inputs."""
         assert self._gradients is not None
+        if self._way:
+            self._way.leave(self._gradients)
         d1, d2 = self._gradients
         by_inputs = (_joined(d1.value, d2.value, self._walk.split_dim),) if joined else (d1.value, d2.value)
         self.end()
@@ -135,6 +159,9 @@ class _Back:
     def end(self) -> None:
         if self._run.streams is None:
             return
+        if self._way:
+            self._way.lanes.join()
+            self._way = None
         try:
             if self._run.precision.exact:
                 self._verify()
@@ -177,7 +204,7 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *token: Tensor) -> Any:
         walk: _Walk = ctx.walk
-        gradients = walk.back.step(ctx.index)
+        gradients = walk.back.step(ctx.index, ctx)
         by_parameters = map(gradients.of_parameter, walk.parameters(ctx.index))
         return None, None, token[0], *gradients.by_side(), *by_parameters
 
@@ -219,6 +246,11 @@ class _Close(torch.autograd.Function):
         leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(side, needs, strict=True)]
         ctx.walk.start_back(outputs, grads, leaves, last=last)
         return None, None, token, *[None] * len(side)
+
+
+def _will_run(node: Node | None) -> bool:
+    """In the backward that runs; nothing in front of a node that there is none of needs a gradient."""
+    return node is not None and torch._C._will_engine_execute_node(node)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _values(run: ChainRun) -> Streams:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from revnet_core.coupling import Coupling, NetName
 from revnet_core.downsampling import SpaceToDepth
@@ -214,7 +215,7 @@ class ChainRun:
         self._backward_half(index, block, "g", s1, s2, d1, d2, gradients)
         self._backward_half(index, block, "f", s2, s1, d2, d1, gradients)
         if forget:
-            self._replays[index] = {}
+            self.forget(index)
 
     def verdict(self) -> Verdict | None:
         """On the exact reconstruction of the chain's input, when all blocks have been walked back."""
@@ -238,15 +239,39 @@ class ChainRun:
         with located(f"couplings[{index}].{name}: "), replaying, self._autocast.restored():
             return block.evaluate(name, source, self.side, own_copy=replay.observed)
 
+    def residual(self, block: Coupling, out: Tensor, stream: Tensor) -> Tensor:
+        """What a net made, as it changes the stream."""
+        narrower = torch.promote_types(out.dtype, stream.dtype) == stream.dtype
+        return out if block.widens and narrower and not self.precision.exact else self.precision.residual(out)
+
+    def observed(self, index: int, name: NetName) -> bool:
+        """Whether someone may keep what the net saw or made when it was last evaluated."""
+        return self._replays[index][name].observed
+
+    def collect(
+        self,
+        index: int,
+        block: Coupling,
+        name: NetName,
+        leaf: Tensor,
+        root: "Tensor | GradientEdge",
+        d_out: Tensor,
+        gradients: Gradients,
+    ) -> Tensor | None:
+        """Add the gradients of one replayed evaluation; returns the one by `leaf`."""
+        parameters = self._replays[index][name].trained_parameters
+        with located(f"couplings[{index}].{name}: "):
+            return gradients.collect(getattr(block, name), parameters, leaf, root, d_out)
+
+    def forget(self, index: int) -> None:
+        """The block will not be walked again, and leaves nothing behind."""
+        self._replays[index] = {}
+
     def with_side(self, tensors: dict[str, Tensor]) -> "ChainRun":
         """The same run with these side tensors in place of the forward's."""
         run = copy.copy(self)
         run.side = self.side | tensors
         return run
-
-    def _residual(self, block: Coupling, out: Tensor, stream: Tensor) -> Tensor:
-        narrower = torch.promote_types(out.dtype, stream.dtype) == stream.dtype
-        return out if block.widens and narrower and not self.precision.exact else self.precision.residual(out)
 
     def _new_replay(self, net: nn.Module, device: torch.device) -> Replay:
         return Replay(net, device, bitwise=self._bitwise)
@@ -278,13 +303,13 @@ class ChainRun:
         if meter:
             target.replace(meter.update(index, block.update, target.value, self.precision.residual(out)))
         else:
-            target.change(block.update, self._residual(block, out, target.value))
+            target.change(block.update, self.residual(block, out, target.value))
         if self._watch:
             self._watch.note(index, target.value)
 
     def _undo_half(self, index: int, block: Coupling, name: NetName, source: Buffer, target: Buffer) -> None:
         out = self.replayed(index, block, name, source.value)
-        target.change(block.undo, self._residual(block, out, target.value))
+        target.change(block.undo, self.residual(block, out, target.value))
 
     def _backward_half(
         self,
@@ -301,18 +326,16 @@ class ChainRun:
         with torch.set_grad_enabled(d_target.value is not None):
             out = self.replayed(index, block, name, leaf)
         with torch.no_grad():
-            residual = self._residual(block, out.detach(), target.value)
+            residual = self.residual(block, out.detach(), target.value)
             target.change(block.undo, residual)
             d_residual = d_target.pull(block, target.value, residual)
         root, dtype = root_of(out), out.dtype
         del out, residual
         if root is None or d_residual is None:
             return
-        replay = self._replays[index][name]
-        d_out = d_residual.to(dtype, copy=replay.observed)
+        d_out = d_residual.to(dtype, copy=self.observed(index, name))
         del d_residual
-        with located(f"couplings[{index}].{name}: "):
-            d_leaf = gradients.collect(getattr(block, name), replay.trained_parameters, leaf, root, d_out)
+        d_leaf = self.collect(index, block, name, leaf, root, d_out, gradients)
         if d_leaf is not None:
             d_source.add(d_leaf)
 

@@ -34,6 +34,10 @@ class Gradients:
             return torch.zeros_like(parameter)
         return found
 
+    def found(self) -> list[Tensor]:
+        """The sums themselves."""
+        return list(self._sums.values())
+
     def by_side(self) -> list[Tensor | None]:
         """Of each side input; None for one that needs none or was not used."""
         if not self._uses:

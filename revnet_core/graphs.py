@@ -65,8 +65,8 @@ class TrainingStep:
 
     Call it with a batch, on any device; returns the loss (scalar, detached, a tensor of its own). Nothing waits for the
     device. What a step depends on may change between two calls - a parameter group's settings, training mode, the
-    activations or precision of a sequence, which parameters learn, where they lie -: the next calls then warm up and
-    capture anew. `.grad` is what the last step left; setting it to None is harmless.
+    activations, precision or overlap of a sequence, which parameters learn, where they lie -: the next calls then warm
+    up and capture anew. `.grad` is what the last step left; setting it to None is harmless.
 
     Each replay draws its random numbers anew, and its reconstruction repeats them; they are other numbers than those of
     an eager step. Python's side of the model (counters, prints, hooks) runs in the warm-up and in the capture only.
@@ -199,7 +199,7 @@ class TrainingStep:
             for group in self._optimizer.param_groups
         ]
         modes = [m.training for m in self._modules]
-        sequences = [(s.activations, s.precision, s._guard) for s in self._sequences]
+        sequences = [(s.activations, s.precision, s.overlapped, s._guard) for s in self._sequences]
         return parameters, groups, modes, sequences, AutocastState.of(self._device)
 
     def _start_over(self) -> None:

@@ -42,6 +42,10 @@ class ReversibleSequence(nn.Module):
     precision     see `Precision`; `stored` and `checkpointed` compute with the same arithmetic, so that with
                   reconstruction="exact" all three give bit-identical gradients. May be changed too. Raises
                   UnsupportedError for one that a coupling cannot keep.
+    overlapped    whether a block is rebuilt while the gradient of the one behind it is taken, on streams beside the
+                  current one. On a GPU that the blocks do not fill this saves time; it keeps the graphs of two blocks
+                  instead of that of one net. The gradients are the same bits. May be changed too. Refused under ZeRO-3
+                  and in a compiled graph.
 
     Gradients are those of "stored", whatever F and G are: random draws are repeated, statistics are updated
     once, autocast is as in the forward, the caller's tensors are never changed. A gradient of a gradient
@@ -61,6 +65,7 @@ class ReversibleSequence(nn.Module):
         split_dim: int | None = 1,
         activations: str | Budgeted = "reconstructed",
         precision: Precision = Precision(),  # noqa: B008 - immutable
+        overlapped: bool = False,
     ) -> None:
         super().__init__()
         self.couplings = nn.ModuleList(couplings)
@@ -74,6 +79,7 @@ class ReversibleSequence(nn.Module):
         self.split_dim = split_dim
         self.activations = activations
         self.precision = precision
+        self.overlapped = overlapped
         self._unread: list[Verdict] = []
         self._guard: Guard | None = None
         self._number = register(self.couplings)
@@ -137,6 +143,7 @@ class ReversibleSequence(nn.Module):
                     judge=self._judge,
                     meter=meter,
                     probe=probe,
+                    overlapped=self.overlapped,
                 )
                 if meter:
                     self._budget.learn(self, self._key(inputs), meter.block_bytes)
@@ -176,7 +183,8 @@ class ReversibleSequence(nn.Module):
         self._read_verdicts(wait=True)
 
     def extra_repr(self) -> str:
-        return f"activations={self._activations!r}, split_dim={self.split_dim}, precision={self.precision}"
+        overlapped = ", overlapped=True" if self.overlapped else ""
+        return f"activations={self._activations!r}, split_dim={self.split_dim}, precision={self.precision}{overlapped}"
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_unread": [], "_guard": None}
@@ -216,6 +224,11 @@ class ReversibleSequence(nn.Module):
             raise UnsupportedError(
                 "a guard cannot follow a sequence into a compiled graph. Detach it, or compile F and G each on their "
                 "own."
+            )
+        if self.overlapped and saving and self._activations == "reconstructed":
+            raise UnsupportedError(
+                "overlapped=True has no place in a compiled graph, which orders its operations itself. Set "
+                "overlapped=False, or compile F and G each on their own."
             )
         activations = "budgeted" if isinstance(self._activations, Budgeted) else self._activations
         return run_compiled(

@@ -13,7 +13,7 @@ from revnet_core.networks.families import check_log_scale_gain as check_log_scal
 from revnet_core.networks.families import check_units, find_family, units_of
 from revnet_core.networks.families import list_models as list_models
 from revnet_core.precision import Precision
-from revnet_core.sequence import check_activations
+from revnet_core.sequence import ReversibleSequence, check_activations
 
 
 def create_model(
@@ -27,6 +27,7 @@ def create_model(
     log_scale_gain: float | None = None,
     activations: str | Budgeted | None = None,
     precision: Precision = Precision(),  # noqa: B008 - immutable
+    overlapped: bool = False,
 ) -> Network:
     """Build a network: N,in_channels,H,W images to N,num_classes logits.
 
@@ -45,6 +46,7 @@ def create_model(
                  initial ones; by default 0.1. At 1 a deep network cannot be inverted.
     activations  one of the family's, or Budgeted(bytes); by default "reconstructed" where the family has it, else
                  "stored".
+    overlapped   of the network's sequences; see `ReversibleSequence`.
 
     Raises UnknownModelError, DepthError (also of units), ShapeError (of channels), or UnsupportedError for activations,
     a reconstruction precision or log-scales that the family does not have.
@@ -84,7 +86,7 @@ def create_model(
             f"{name} carries no residual streams, so reconstruction = {precision.reconstruction!r} means nothing to "
             f"it. Leave reconstruction at fp32, or use {reversible}."
         )
-    return family.build(
+    network = family.build(
         Layout(family.design, family.size.stem, units, channels or family.channels(units)),
         num_classes=num_classes,
         in_channels=in_channels,
@@ -92,3 +94,7 @@ def create_model(
         precision=precision,
         **({} if log_scale_gain is None else {"log_scale_gain": log_scale_gain}),
     )
+    for module in network.modules():
+        if isinstance(module, ReversibleSequence):
+            module.overlapped = overlapped
+    return network

@@ -40,13 +40,13 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if set(WAITS) & set(func.tags) and not _is_indexed_by_numbers(func, args):
             raise RuntimeError(f"{func} is not permitted when stream is capturing")
-        for tensor in _written(func, args, kwargs):
+        for tensor in written(func, args, kwargs):
             self._remember(tensor)
-        given = {_address(t) for t in _tensors((args, kwargs))}
+        given = {_address(t) for t in tensors_of((args, kwargs))}
         out = func(*args, **kwargs)
-        made = [(i, t) for i, t in enumerate(_tensors(out)) if _address(t) not in given]
+        made = [(i, t) for i, t in enumerate(tensors_of(out)) if _address(t) not in given]
         self._made.update(_address(t) for _, t in made)
-        if made or _written(func, args, kwargs):
+        if made or written(func, args, kwargs):
             self._entries.append(Entry(func, args, kwargs, made, self._generators.current))
         return out
 
@@ -66,7 +66,7 @@ class Tape(TorchDispatchMode):
         with torch.no_grad():
             for entry in self._entries:
                 with self._generators.as_global(entry.generator):
-                    out = _tensors(entry.func(*entry.args, **entry.kwargs))
+                    out = tensors_of(entry.func(*entry.args, **entry.kwargs))
                 for index, tensor in entry.made:
                     tensor.detach().copy_(out[index])
 
@@ -123,7 +123,7 @@ class CpuGraphs:
         return torch.zeros((), dtype=torch.bool)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def tensors_of(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
@@ -131,15 +131,15 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+def written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
     named = zip(func._schema.arguments, args, strict=False)
     given = [(a, v) for a, v in named] + [(a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs]
     hidden = ("running_mean", "running_var") if func.overloadpacket.__name__ in UPDATES_STATISTICS else ()
     written: Iterable[Any] = (
         value for a, value in given if a.name in hidden or (a.alias_info is not None and a.alias_info.is_write)
     )
-    return _tensors(list(written))
+    return tensors_of(list(written))
 
 
 def _is_indexed_by_numbers(func: Any, args: Any) -> bool:
-    return func.overloadpacket.__name__ == "index" and all(t.dtype == torch.int64 for t in _tensors(args[1]))
+    return func.overloadpacket.__name__ == "index" and all(t.dtype == torch.int64 for t in tensors_of(args[1]))
