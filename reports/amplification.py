@@ -107,7 +107,7 @@ def amplification_by_block(frame: pd.DataFrame, causes: pd.DataFrame, drift: pd.
         "the Jacobians of the blocks, and bounded by their largest singular values"
     )
     figure = dressed(figure, description)
-    return figure.update_layout(height=70 + PANEL_PX * rows, margin={"t": 90})
+    return figure.update_layout(height=40 + PANEL_PX * rows, margin={"t": 60})
 
 
 def amplification_sentences(frame: pd.DataFrame, causes: pd.DataFrame, drift: pd.DataFrame) -> list[str]:
@@ -176,7 +176,7 @@ def _networks(frame: pd.DataFrame, causes: pd.DataFrame, drift: pd.DataFrame) ->
         blocks = blocks.assign(rel=rel.reindex(blocks.index).astype(float))
         depth = "" if pd.isna(trial["depth"]) else f"{trial['depth']:.0f}"
         model, _, rest = trial["strategy"].partition(" · ")
-        name = f"{model} {depth}".strip() + (f" · {rest}" if rest else "")
+        name = f"{model}{depth}" + (f" · {rest}" if rest else "")
         coarse = _DIGITS.get(trial["compute"], 0) < _DIGITS.get(trial["reconstruction"], 0)
         yield Chains(row, name, trial["strategy"], coarse, blocks)
 

@@ -36,7 +36,7 @@ UNKNOWN = "not attributed"
 OWNERS = 3
 OWNER_LETTERS = 34
 # What the axis leaves free above the peak, for its owners.
-HEADROOM = 1.4
+HEADROOM = 1.6
 
 
 class Step(NamedTuple):

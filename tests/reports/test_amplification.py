@@ -54,7 +54,7 @@ def test_each_error_is_in_the_figure_and_in_the_sentences(make_run: Make) -> Non
     assert figure.layout["yaxis"]["tickvals"][0] == zero.y[0] < low * 10
 
     first, advice, second = amplification_sentences(frame, causes, drift)
-    assert first.startswith("revnet 38 · reconstructed: the error is at most 1.6e-05, in block 0;")
+    assert first.startswith("revnet38 · reconstructed: the error is at most 1.6e-05, in block 0;")
     assert "it is multiplied by 4 (predicted: " in first
     assert "at most 1e+03 times, in block 1;" in first
     assert "predicted over measured is 0.5 in the median and 0.1 at worst; the bound is up to 1e+09 times too" in first
