@@ -305,7 +305,7 @@ class ChainRun:
         else:
             target.change(block.update, self.residual(block, out, target.value))
         if self._watch:
-            self._watch.note(index, target.value)
+            self._watch.note(index, int(name == "g"), target.value)
 
     def _undo_half(self, index: int, block: Coupling, name: NetName, source: Buffer, target: Buffer) -> None:
         out = self.replayed(index, block, name, source.value)

@@ -80,13 +80,13 @@ def test_how_far_a_stream_reached_is_its_greatest_magnitude(grid_bits: int) -> N
     precision = Precision(reconstruction="exact", grid_bits=grid_bits)
     zero = torch.zeros(4, dtype=precision.stream_dtype)
     beyond = 2 * precision.grid_limit
-    for index, value in itertools.product(range(3), (beyond, -beyond)):
+    for index, which, value in itertools.product(range(3), (0, 1), (beyond, -beyond)):
         watch = GridWatch(precision, zero, zero, blocks=3)
         for block in range(3):
-            watch.note(block, zero)
+            watch.note(block, 0, zero)
         watch.verdict(zero, zero).raise_if_failed()
-        watch.note(index, torch.tensor([0.5, value, -0.5, 0], dtype=zero.dtype))
-        watch.note(index, zero)
+        watch.note(index, which, torch.tensor([0.5, value, -0.5, 0], dtype=zero.dtype))
+        watch.note(index, 1 - which, zero)
         with pytest.raises(ReconstructionError, match=re.escape(f"(it reached {beyond:.3g})")):
             watch.verdict(zero + 1, zero).raise_if_failed()
 

@@ -12,6 +12,7 @@ from harness.predict import Device, step_memory
 from harness.trials import TrialSpec
 from revnet_core import Guard, Precision, ReconstructionError, offload, singular_values
 from revnet_core.exactness import Verdict
+from revnet_core.norms import NormReplay
 from tests.core.graph_cases import exact_beyond_its_range, square, tokens
 from tests.core.nets import KINDS, sequence_of, twin_of
 
@@ -142,3 +143,31 @@ def test_a_baseline_is_of_this_device(device: torch.device) -> None:
     model = sequence_of("norm_mlp", 2).double().to(device)
     x = torch.randn(KINDS["norm_mlp"].shape, dtype=torch.float64, device=device)
     assert model(*arguments(model, (x,))).shape == x.shape
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_norm_by_known_statistics_is_the_norm(
+    device: torch.device, dtype: torch.dtype, layout: torch.memory_format, affine: bool
+) -> None:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    norm = torch.nn.BatchNorm2d(6, affine=affine, device=device, dtype=wide)
+    if affine:
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+    x = (3 * torch.randn(5, 6, 7, 9, device=device) + 2).to(dtype).contiguous(memory_format=layout)
+    replay = NormReplay.of([norm])
+    assert replay
+    found: list[tuple[Tensor, Tensor]] = []
+    for context in (replay.recording, replay.replaying):
+        leaf = x.detach().requires_grad_()
+        with context():
+            out = norm(leaf)
+        assert out.dtype == dtype
+        assert out.is_contiguous(memory_format=layout)
+        (gradient,) = torch.autograd.grad(out.float().square().sum() + out.float().sin().sum(), leaf)
+        found.append((out, gradient))
+    error = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for again, first in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(again, first, rtol=error, atol=error)
