@@ -76,6 +76,10 @@ def items(folder: Path, device: torch.device, *, small: bool, data: str | None, 
         benchmark("predictions-fp32", "--minutes", "1.5", most_s=120, kind="predictions"),
         benchmark("depth", most_s=240),
         *(benchmark(f"steps-{c}", "--compute", c, most_s=150, kind="steps") for c in computes),
+        *(
+            benchmark(f"measures-{n}", "--batch-size", str(n), most_s=180, kind="measures")
+            for n in ((128,) if small else (128, 16))
+        ),
         *((train("revnet38", training_s), train("resnet32", training_s)) if data or small else ()),
         *((study("quickstart", 60),) if small else (study(f"gpu/{name}", most_s) for name, most_s in STUDIES)),
     ]

@@ -35,12 +35,15 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Runner:
-    """package: in the package index, of somebody else's library."""
+    """package: in the package index, of somebody else's library
+    layout   of images and weights
+    """
 
     activations: str
     how: str
     build: Callable[[], nn.Module]
     package: str | None = None
+    layout: torch.memory_format = torch.contiguous_format
 
     @property
     def name(self) -> str:
@@ -65,7 +68,38 @@ def runners_of(sizes: Sizes, compute: str) -> list[Runner]:
     ]
 
 
-def revnet(sizes: Sizes, activations: str, precision: Precision) -> nn.Module:
+def measures_of(sizes: Sizes, compute: str) -> list[Runner]:
+    """What may make a step faster, one by one and together, beside the step without."""
+    plain, exact, last = Precision(compute), Precision(compute, "exact"), torch.channels_last
+    built = partial(revnet, sizes)
+    stored, rebuilt = partial(built, "stored", plain), partial(built, "reconstructed", plain)
+    ahead, compiled = partial(built, "reconstructed", plain, overlapped=True), partial(with_compiled_nets, rebuilt)
+    return [
+        Runner("stored", EAGER, stored),
+        Runner("stored", GRAPH, stored),
+        Runner("reconstructed", GRAPH, rebuilt),
+        Runner("exact", GRAPH, partial(built, "reconstructed", exact)),
+        Runner("stored, channels last", GRAPH, stored, layout=last),
+        Runner("reconstructed, channels last", GRAPH, rebuilt, layout=last),
+        Runner("reconstructed, rebuilding ahead", EAGER, ahead),
+        Runner("reconstructed, rebuilding ahead", GRAPH, ahead),
+        Runner("reconstructed, channels last, rebuilding ahead", GRAPH, ahead, layout=last),
+        Runner("stored, F and G compiled", GRAPH, partial(with_compiled_nets, stored)),
+        Runner("reconstructed, F and G compiled", GRAPH, compiled),
+    ]
+
+
+def with_compiled_nets(build: Callable[[], nn.Module]) -> nn.Module:
+    """F and G each on their own: nets of one form share what is compiled."""
+    model = build()
+    for module in model.modules():
+        if isinstance(module, AdditiveCoupling):
+            module.f.compile()
+            module.g.compile()
+    return model
+
+
+def revnet(sizes: Sizes, activations: str, precision: Precision, *, overlapped: bool = False) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return create_model(
@@ -75,6 +109,7 @@ def revnet(sizes: Sizes, activations: str, precision: Precision) -> nn.Module:
             channels=sizes.channels,
             activations=activations,
             precision=precision,
+            overlapped=overlapped,
         )
 
 

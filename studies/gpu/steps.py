@@ -16,7 +16,7 @@ from torch import Tensor
 from harness.measure.timing import time_step
 from studies.gpu.place import NO_COUNTERS, NO_GRAPHS, free, set_compute
 from studies.gpu.results import Result, Target, markdown, mib
-from studies.gpu.runners import EAGER, GRAPH, Runner, Sizes, runners_of, step_of
+from studies.gpu.runners import EAGER, GRAPH, Runner, Sizes, measures_of, runners_of, step_of
 from studies.peers.measure import interleaved, quartiles
 
 # Eager ones, the capture, and replays.
@@ -31,13 +31,27 @@ Step = Callable[[], Tensor]
 
 def measure(device: torch.device, sizes: Sizes, compute: str, rounds: int) -> Result:
     """Raises HarnessError for a `compute` that the device has not."""
+    result = _measured("steps", runners_of(sizes, compute), device, sizes, compute, rounds)
+    rows = {row["name"]: row for row in result.rows}
+    result.targets = [_target(base, most, rows, compute) for base, most in AIMS.items()]
+    return result
+
+
+def measure_measures(device: torch.device, sizes: Sizes, compute: str, rounds: int) -> Result:
+    """What may make a step faster, one by one. Raises as `measure`."""
+    return _measured("measures", measures_of(sizes, compute), device, sizes, compute, rounds)
+
+
+def _measured(
+    benchmark: str, runners: Sequence[Runner], device: torch.device, sizes: Sizes, compute: str, rounds: int
+) -> Result:
     set_compute(compute, device)
     settings = {**vars(sizes), "compute": compute, "rounds": rounds, "device": device.type}
-    result = Result(benchmark=f"steps-{compute}", settings=settings)
+    result = Result(benchmark=f"{benchmark}-{compute}", settings=settings)
     batch = sizes.batch(device)
     steps: dict[str, Step] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for runner in runners_of(sizes, compute):
+    for runner in runners:
         rows[runner.name] = row = {"name": runner.name, "package": runner.package}
         if reason := _why_not(runner, device):
             row["reason"] = reason
@@ -59,7 +73,6 @@ def measure(device: torch.device, sizes: Sizes, compute: str, rounds: int) -> Re
     result.rows = list(rows.values())
     if device.type == "cpu":
         result.unmeasured |= {"peak and pool": NO_COUNTERS}
-    result.targets = [_target(base, most, rows, compute) for base, most in AIMS.items()]
     return result
 
 
@@ -79,7 +92,9 @@ def _why_not(runner: Runner, device: torch.device) -> str | None:
 
 
 def _warm(runner: Runner, batch: tuple[Tensor, Tensor], device: torch.device, row: dict[str, Any]) -> Step:
-    model = runner.build().to(device).train()
+    model = runner.build().to(device=device, memory_format=runner.layout).train()  # pyright: ignore[reportCallIssue]
+    images_NCHW, labels_N = batch
+    batch = images_NCHW.to(memory_format=runner.layout), labels_N
     step = step_of(model, batch, graph=runner.how == GRAPH)
     for _ in range(WARMUP_CALLS):
         # The call that captures is the first behind the eager ones; nothing else takes memory of the device in it.

@@ -16,7 +16,7 @@ from studies.gpu import depth, everything, imagenet, predictions, steps, train
 from studies.gpu.pictures import BORDER, Pictures, augmented, load, shifted
 from studies.gpu.place import device_named, set_compute
 from studies.gpu.results import Result, Target, markdown
-from studies.gpu.runners import runners_of
+from studies.gpu.runners import measures_of, runners_of
 from studies.gpu.summary import Ran, summary
 from tests.core.tape import CpuGraphs
 
@@ -38,6 +38,24 @@ def test_each_step_is_measured_or_says_why_not() -> None:
     assert rows["stored, eager"]["ratio to stored, eager"] == (1, 1, 1)
     assert [target.outcome for target in result.targets] == ["not run", "not run"]
     assert all(name in steps.as_text(result) for name in rows)
+
+
+def test_each_measure_is_of_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a tape, without what a compiler makes of it."""
+    monkeypatch.setitem(graphs.GRAPHS, "cpu", CpuGraphs)
+    monkeypatch.setattr(steps, "_why_not", lambda runner, device: "left out" if "compiled" in runner.name else None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    result = steps.measure_measures(CPU, steps.SMALL, "fp32", 1)
+    measured = [row["name"] for row in result.rows if "step_s" in row]
+    assert [row["name"] for row in result.rows if "reason" in row] == [
+        "stored, F and G compiled, graph",
+        "reconstructed, F and G compiled, graph",
+    ]
+    x = steps.SMALL.batch(CPU)[0]
+    built = {runner.name: runner.build() for runner in measures_of(steps.SMALL, "fp32") if runner.name in measured}
+    outputs = [model(x) for name, model in built.items() if not name.startswith("exact")]
+    assert len(outputs) == 8
+    assert all(torch.allclose(out, outputs[0], atol=1e-5) for out in outputs)
 
 
 def test_the_networks_of_the_peers_are_ours_with_other_chains() -> None:
