@@ -35,7 +35,13 @@ def column(page: Opened, heading: str) -> list[str]:
 
 
 def sort_by(page: Opened, heading: str) -> None:
-    page.page.locator("#table thead th").filter(has_text=heading).first.click()
+    """Until it is done, which the table does in a task of its own."""
+    head = page.page.locator("#table thead th").filter(has_text=heading).first
+    before = head.get_attribute("aria-sort")
+    head.click()
+    page.page.wait_for_function(
+        "([head, before]) => head.getAttribute('aria-sort') !== before", arg=[head.element_handle(), before]
+    )
 
 
 def test_what_was_not_measured_is_last_either_way(session: Opened, tmp_path: Path) -> None:
