@@ -130,6 +130,7 @@ def _answers(frame: pd.DataFrame, sections: list[Section]) -> list[str]:
     asked = [view for section in sections if section.anchor in ASKED_FOR for view in section.views if view.figure]
     return [
         *(finding for view in asked for finding in view.findings if finding != amplification.ADVICE),
+        *verdict.mode_sentences(frame),
         *verdict.growth_sentences(frame, "activation_peak_bytes", "growth of the activation peak"),
         *verdict.saving_sentences(frame),
         *(sentence for sentence in verdict.time_sentences(frame) if "reconstructed" in sentence),

@@ -41,6 +41,26 @@ def pairs(frame: pd.DataFrame, metric: str) -> list[Pair]:
     return found
 
 
+def mode_pairs(frame: pd.DataFrame, mode: str, metric: str) -> list[tuple[str, str, str, pd.DataFrame]]:
+    """Trials whose step is executed in one of MODES beside those of the same cells and activations whose step is not.
+
+    Of each strategy: model, name, the name of what is beside it, and the table (columns with the suffix _plain).
+    """
+    if metric not in frame or mode not in frame:
+        return []
+    usable = answer_first(frame[frame["status"] == "ok"].dropna(subset=[metric]))
+    kinds = ("activations", "reconstruction", "budget_bytes")
+    cell = [field for field in (*CELL, *kinds) if field in usable and field != mode]
+    plain = usable[~usable[mode]].drop_duplicates(cell)[[*cell, "strategy", metric]]
+    found = []
+    for (model, strategy), rows in usable[usable[mode]].groupby(["model", "strategy"], sort=False):
+        table = rows.merge(plain, on=cell, suffixes=("", "_plain"))
+        if len(table):
+            other = without_model(str(table["strategy_plain"].iloc[0]))
+            found.append((str(model), without_model(str(strategy)), other, table))
+    return found
+
+
 def answer_first(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows in the order of their answer: networks that rebuild activations, then the others; of each what rebuilds,
     then what else does not store, then stored. Otherwise as they were."""

@@ -108,7 +108,12 @@ def _memory(frame: pd.DataFrame) -> Section:
 def _time(frame: pd.DataFrame) -> Section:
     bars = verdict.bars_sentence(frame)
     few = len(frame) <= figures.BARS
-    view = _view("time", "", lambda: figures.time_against_memory(frame), lambda: verdict.time_sentences(frame))
+    view = _view(
+        "time",
+        "",
+        lambda: figures.time_against_memory(frame),
+        lambda: verdict.mode_sentences(frame) + verdict.time_sentences(frame),
+    )
     return Section(
         "time",
         "Time against memory",

@@ -6,8 +6,8 @@ from typing import Any
 import pandas as pd
 
 from harness.record import RESULT_STATUSES, STATUSES
-from reports.frames import INTERVAL_DEPTHS, Law, batch_law, depth_law, step_bars
-from reports.pairs import answer_first, pairs, without_model
+from reports.frames import INTERVAL_DEPTHS, MODES, Law, batch_law, depth_law, step_bars
+from reports.pairs import answer_first, mode_pairs, pairs, without_model
 from reports.summary import at_depth, slope_text
 
 MIB = 2**20
@@ -133,13 +133,32 @@ def time_sentences(frame: pd.DataFrame) -> list[str]:
     sentences = []
     for pair in pairs(frame, "step_median_s"):
         ratios = pair.table["step_median_s"] / pair.table["step_median_s_stored"]
-        spread = f", {ratios.min():.2f} to {ratios.max():.2f}" if len(ratios) > 1 else ""
-        cells = "1 cell" if len(ratios) == 1 else f"{len(ratios)} cells"
-        sentences.append(
-            f"{pair.model}: a step takes {ratios.median():.2f} times as long {pair.name} as {pair.stored} "
-            f"(median of {cells}{spread})."
-        )
+        times, median = _median_ratio(ratios)
+        sentences.append(f"{pair.model}: a step takes {times} as long {pair.name} as {pair.stored} ({median}).")
     return sentences
+
+
+def mode_sentences(frame: pd.DataFrame) -> list[str]:
+    """What a compiled or replayed step takes over the same step as it is written."""
+    sentences = []
+    for mode in MODES:
+        for model, name, plain, table in mode_pairs(frame, mode, "step_median_s"):
+            ratios = table["step_median_s"] / table["step_median_s_plain"]
+            times, median = _median_ratio(ratios)
+            sentences.append(f"{model}: a step takes {times} as long {name} as {plain} ({median}).")
+    # The memory of a replayed step is that of an eager one.
+    for model, name, plain, table in mode_pairs(frame, "compile", "activation_peak_bytes"):
+        ratios = table["activation_peak_bytes"] / table["activation_peak_bytes_plain"]
+        times, median = _median_ratio(ratios)
+        sentences.append(f"{model}: the activation peak is {times} as high {name} as {plain} ({median}).")
+    return sentences
+
+
+def _median_ratio(ratios: pd.Series) -> tuple[str, str]:
+    """How many times, and of how many."""
+    spread = f", {ratios.min():.2f} to {ratios.max():.2f}" if len(ratios) > 1 else ""
+    cells = "1 cell" if len(ratios) == 1 else f"{len(ratios)} cells"
+    return f"{ratios.median():.2f} times", f"median of {cells}{spread}"
 
 
 def bars_sentence(frame: pd.DataFrame) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 from harness.record import Record
 from reports.frames import frame_of
-from reports.verdict import batch_sentences, growth_sentences, time_sentences
+from reports.verdict import batch_sentences, growth_sentences, mode_sentences, time_sentences
 from tests.reports.conftest import MIB, PEAK, trial, with_metrics
 
 
@@ -60,3 +60,26 @@ def test_more_depths_are_not_called_wide_and_two_give_no_interval() -> None:
     (sentence,) = growth_sentences(frame_of(four[:2]), PEAK, "peak")
     assert "(from 2 depths, which give no interval): 0.333 MiB with" in sentence
     assert "±" not in sentence
+
+
+def test_a_compiled_step_is_set_beside_the_same_step_as_it_is_written() -> None:
+    def timed(n: int, step_s: float, peak: int, **changes: Any) -> Record:
+        return with_metrics(trial(n, **changes), step_median_s=step_s, activation_peak_bytes=peak)
+
+    records = [
+        timed(1, 4.0, 100, activations="stored", depth=14),
+        timed(2, 1.0, 90, activations="stored", depth=14, compile=True),
+        timed(3, 6.0, 50, activations="reconstructed", depth=14),
+        timed(4, 3.0, 60, activations="reconstructed", depth=14, cuda_graph=True),
+        timed(5, 8.0, 50, activations="reconstructed", depth=26),
+        timed(6, 2.0, 60, activations="reconstructed", depth=26, cuda_graph=True),
+        # Without a partner.
+        timed(7, 5.0, 50, activations="checkpointed", depth=26, cuda_graph=True),
+    ]
+    assert mode_sentences(frame_of(records)) == [
+        "revnet: a step takes 0.25 times as long stored · compiled as stored (median of 1 cell).",
+        "revnet: a step takes 0.38 times as long reconstructed · graph as reconstructed (median of 2 cells, 0.25 to "
+        "0.50).",
+        "revnet: the activation peak is 0.90 times as high stored · compiled as stored (median of 1 cell).",
+    ]
+    assert mode_sentences(frame_of(records[:1])) == []
