@@ -263,7 +263,7 @@ def test_what_cannot_be_captured_is_named_and_the_process_goes_on(device: torch.
     batch: Batch = (torch.randn(2, 6, device=device), torch.randn(2, 6, device=device))
     model = Peeking(6, 6).to(device)
     step = TrainingStep(model, square, sgd(model), batch)
-    with pytest.raises(CaptureError, match="the step could not be captured"):
+    with pytest.raises(CaptureError, match="_local_scalar_dense"):
         train(step, [batch] * 4)
     train(TrainingStep(model, square, sgd(model), batch, cuda_graph=False), [batch] * 2)
     batches = images(device, 6)
@@ -278,5 +278,5 @@ def test_draws_of_the_host_are_refused(gpu: torch.device) -> None:
 
     model = HostNoise(6, 6).to(gpu)
     batch = (torch.randn(2, 6, device=gpu), torch.randn(2, 6, device=gpu))
-    with pytest.raises(CaptureError, match="draws random numbers on the host"):
+    with pytest.raises(CaptureError, match=r"aten\.randn"):
         train(TrainingStep(model, square, sgd(model), batch), [batch] * 4)
