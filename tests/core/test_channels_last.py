@@ -42,11 +42,14 @@ def layouts(model: nn.Module) -> list[bool]:
     return found
 
 
-@pytest.mark.parametrize("reconstruction", ["fp32", "exact"])
-@pytest.mark.parametrize("name", NETWORKS)
+# An affine coupling has no exact reconstruction.
+CASES = [
+    (name, kind) for name in NETWORKS for kind in ("fp32", "exact") if (name, kind) != ("revnet_affine26", "exact")
+]
+
+
+@pytest.mark.parametrize(("name", "reconstruction"), CASES)
 def test_the_layout_is_kept_in_the_forward_and_in_the_recompute(name: str, reconstruction: str) -> None:
-    if name.startswith("revnet_affine") and reconstruction == "exact":
-        pytest.skip("an affine coupling has no exact reconstruction")
     model = network(name, Precision(reconstruction=reconstruction)).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     found = layouts(model)
     out = model(torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last))
