@@ -104,7 +104,7 @@ const makeFigures = (figures, filter, ids) => {
     const shown = (value) => (typeof value === "number" ? Number(value.toPrecision(6)) : escaped(value ?? ""));
     const left = rows.length - LISTED;
     const note = left > 0 ? `<caption>The first ${LISTED} of ${rows.length} rows; the CSV has all.</caption>` : "";
-    state.table.classList.toggle("wide", heads.length > 5);
+    state.table.classList.toggle("wide", heads.length > 6);
     state.table.innerHTML = `${note}<thead><tr>${heads.map((head) => `<th scope="col">${escaped(head)}</th>`).join("")}</tr></thead>`
       + `<tbody>${rows.slice(0, LISTED).map((row) => `<tr>${row.map((value) =>
         `<td${typeof value === "number" ? ' class="number"' : ""}>${shown(value)}</td>`).join("")}</tr>`).join("")}</tbody>`;
