@@ -134,8 +134,7 @@ class Performance:
         self._script.finish()
 
     def flag(self) -> Tensor | None:
-        """On the device, whether any reconstruction failed since the last `StandingVerdict.reset`; None where none
-        can."""
+        """On the device, whether any reconstruction failed since that was last raised; None where none can."""
         if not self.standing:
             return None
         return torch.stack([standing.failed for standing in self.standing]).any()

@@ -115,10 +115,11 @@ class TrainingStep:
             self._notice_change()
             self._settings_seen = settings
         if self._warm < self._warmup_steps:
+            is_last = self._warm == self._warmup_steps - 1
+            loss = self._rehearse(self._graphs) if is_last else self._graphs.eagerly(self._step)
+            # Not before: who goes on after a refused step is refused again.
             self._warm += 1
-            if self._warm < self._warmup_steps:
-                return self._graphs.eagerly(self._step)
-            return self._rehearse(self._graphs)
+            return loss
         if self._captured is None:
             self._captured = self._capture(self._graphs)
         self._replays += 1

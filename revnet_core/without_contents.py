@@ -5,7 +5,6 @@ import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +64,9 @@ def optimizers_allowed() -> Iterator[None]:
         for name, module in list(sys.modules.items()):
             for function in _OPTIMIZER_DEVICES:
                 if name.startswith("torch.optim.") and function in vars(module):
-                    undo.enter_context(mock.patch.object(module, function, _with_meta(vars(module)[function])))
+                    own = vars(module)[function]
+                    undo.callback(setattr, module, function, own)
+                    setattr(module, function, _with_meta(own))
         yield
 
 
