@@ -33,6 +33,7 @@ from tests.core.nets import (
     training_step,
     weighted_sum,
 )
+from tests.core.test_backprop import backward_twice, two_forwards_first
 
 EXACT = Precision("fp32", "exact")
 
@@ -98,20 +99,6 @@ def test_networks(name: str) -> None:
     assert_same(*made, bits=True)
 
 
-def retained(model: nn.Module, x: Tensor) -> Tensor:
-    y = model(x)
-    weighted_sum(y).backward(retain_graph=True)
-    weighted_sum(y).backward()
-    return y
-
-
-def two_forwards_first(model: nn.Module, x: Tensor) -> Tensor:
-    first, second = model(x), model(2 * x)
-    weighted_sum(second).backward()
-    weighted_sum(first).backward()
-    return first
-
-
 def side_by_side(model: nn.Module, x: Tensor) -> Tensor:
     first, second = model(x), model(2 * x)
     (weighted_sum(first) + weighted_sum(second)).backward()
@@ -152,7 +139,7 @@ def one_stream(model: nn.Module, x: Tensor) -> Tensor:
 
 
 CALLS = {
-    "retained": retained,
+    "backward_twice": backward_twice,
     "two forwards first": two_forwards_first,
     "side by side": side_by_side,
     "first frozen": frozen(0),
